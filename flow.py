@@ -1,0 +1,341 @@
+"""The latent normalizing flow F (Sec. 3.2.2, 4.1.2): "Improved STARFlow-L", exact density of the
+latents.
+
+    z (B, K, d) --block 1--> --block 2--> ... --block 8 (deep)--> u = F(z) (B, K, d),  u ~ N(0, I)
+
+    log p_F(z) = log N(F(z); 0, I) + log abs det dF/dz                                   (Eq. 4)
+
+One autoregressive block, on the tokens x_0 ... x_{K-1} in the block's own order:
+
+    x (B, K, d) -> linear d -> C -> + position + class -> causal Transformer -> linear C -> 2d
+                -> shift by one token: mu_i, alpha_i depend on x_0 ... x_{i-1} only
+    u_i = (x_i - mu_i) * exp(-alpha_i),     log abs det = -sum_i alpha_i,     u_0 = x_0
+
+Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
+density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
+x_{i-1} first, so sampling goes token by token, with a key-value cache. Blocks alternate the token
+order (forward, backward, ...), so that every token is transformed by its whole context after two
+of them. Seven shallow blocks and a deep one ("deep-shallow"): the deep one, inverted first, does
+nearly all the work and alone is guided.
+
+Improvements over STARFlow (Tab. 1), each a switch: scale="exp" instead of "softplus"; gated=True.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+INVERSE_SOFTPLUS_OF_1 = math.log(
+    math.e - 1
+)  # softplus of it is 1: a fresh softplus flow is the identity
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise bfloat16 and float16 to float32; leave float32 and float64 alone."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# --------------------------------------------------------------------------------------------------
+# Causal Transformer
+
+
+class KeyValueCache:
+    """Keys and values of the tokens that one block has seen while it is being inverted.
+
+    An argument of the calls, never state of a module. `length` tokens are filled, the same in all
+    layers.
+    """
+
+    def __init__(self, depth: int, num_tokens: int):
+        self.depth, self.num_tokens = depth, num_tokens
+        self.buffer: Tensor | None = (
+            None  # (depth, 2, B, heads, num_tokens, hd), in the type of the keys
+        )
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token's key and value (B, heads, 1, hd); return those of all tokens so far."""
+        if self.buffer is None:
+            B, heads, _, hd = key.shape
+            self.buffer = key.new_empty(self.depth, 2, B, heads, self.num_tokens, hd)
+        self.buffer[layer, 0, :, :, self.length] = key[:, :, 0]
+        self.buffer[layer, 1, :, :, self.length] = value[:, :, 0]
+        return self.buffer[layer, :, :, :, : self.length + 1].unbind(
+            0
+        )  # 2 x (B, heads, length + 1, hd)
+
+
+class CausalGatedAttention(nn.Module):
+    """Multi-head self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated
+    Attn.")."""
+
+    def __init__(self, width: int, head_dim: int, gated: bool):
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"flow width {width} is not divisible by head size {head_dim}")
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.gate = nn.Linear(width, width) if gated else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, T = 1: the token after those in the cache."""
+        B, T, C = x.shape  # batch, tokens, width
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        )  # 3 x (B, heads, T, hd)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)  # (B, heads, T, hd)
+        out = out.transpose(1, 2).reshape(B, T, C)
+        if self.gate is not None:
+            out = out * torch.sigmoid(self.gate(x))
+        return self.proj(out)
+
+
+class Layer(nn.Module):
+    """Pre-LayerNorm causal Transformer layer, MLP four times as wide inside."""
+
+    def __init__(self, width: int, head_dim: int, gated: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = CausalGatedAttention(width, head_dim, gated)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attention(self.norm1(x), cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+# --------------------------------------------------------------------------------------------------
+# Guidance
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance of the deep block: weight `w`, 0 = none, and how it acts.
+
+    w grows with the token, w_i = w * i/(K-1), when `annealed`. With rule "tarflow" (default) the
+    conditional prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with
+    "starflow" two Gaussians are combined and s = min(sigma_c/sigma_u, 1)^2 keeps the result one:
+        sigma = sigma_c / sqrt(1 + w - w s),    mu = ((1 + w) mu_c - w s mu_u) / (1 + w - w s)
+    """
+
+    weight: float = 0.0
+    annealed: bool = True
+    rule: str = "tarflow"
+
+    def __call__(
+        self, mu_c: Tensor, alpha_c: Tensor, mu_u: Tensor, alpha_u: Tensor, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Guided (mu, alpha), alpha = log sigma, from conditional (c) and unconditional (u) ones,
+        any one shape. `progress` = i/(K-1) of the token in the block's order."""
+        w = self.weight * (progress if self.annealed else 1.0)
+        if self.rule == "tarflow":
+            return mu_c + w * (mu_c - mu_u), alpha_c + w * (alpha_c - alpha_u)
+        s = (2 * (alpha_c - alpha_u)).clamp(max=0).exp()
+        total = 1 + w - w * s
+        return ((1 + w) * mu_c - w * s * mu_u) / total, alpha_c - 0.5 * total.log()
+
+
+# --------------------------------------------------------------------------------------------------
+# The flow
+
+
+NO_GUIDANCE = Guidance()
+
+
+class AutoregressiveBlock(nn.Module):
+    """One invertible map of K tokens, affine in each token given the ones before it."""
+
+    def __init__(
+        self,
+        num_latents: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        head_dim: int,
+        num_classes: int,
+        gated: bool,
+        scale: str,
+        backward: bool,
+    ):
+        super().__init__()
+        self.scale = scale
+        self.backward = backward  # this block reads the tokens last to first
+        self.proj_in = nn.Linear(latent_dim, width)
+        self.position = nn.Parameter(
+            0.5 * torch.randn(num_latents, width)
+        )  # row k belongs to token k
+        self.class_embed = (
+            nn.Parameter(0.5 * torch.randn(num_classes, width)) if num_classes else None
+        )
+        self.layers = nn.ModuleList(Layer(width, head_dim, gated) for _ in range(depth))
+        self.proj_out = nn.Linear(width, 2 * latent_dim)
+        nn.init.zeros_(self.proj_out.weight)  # a fresh block is the identity
+        nn.init.zeros_(self.proj_out.bias)
+
+    def order(self, x: Tensor) -> Tensor:
+        """Put tokens (..., K, channels) into the order of this block; its own inverse."""
+        return x.flip(-2) if self.backward else x
+
+    def condition(self, labels: Tensor) -> Tensor | float:
+        """Class embedding (B, 1, C) of labels (B,); -1 gives the null class, the MEAN embedding
+        (TARFlow)."""
+        if self.class_embed is None:
+            return 0.0
+        null = self.class_embed.mean(dim=0)
+        return torch.where(labels[:, None] >= 0, self.class_embed[labels.clamp(min=0)], null)[
+            :, None
+        ]
+
+    def predict(
+        self,
+        x: Tensor,
+        position: Tensor,
+        condition: Tensor | float,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """mu, alpha for the token AFTER each of the tokens x (B, T, d), each (B, T, d), in
+        float32 or more."""
+        h = self.proj_in(x.type_as(self.proj_in.weight)) + position + condition  # (B, T, C)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cache, i)
+        if cache is not None:
+            cache.length += 1
+        mu, alpha = at_least_float32(self.proj_out(h)).chunk(2, dim=-1)
+        if self.scale == "softplus":  # STARFlow's scale; alpha stays its logarithm
+            alpha = F.softplus(alpha + INVERSE_SOFTPLUS_OF_1).log()
+        return mu, alpha
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, K, d), labels (B,) -> u (B, K, d) and logdet (B,) in nats."""
+        x = self.order(at_least_float32(x))
+        mu, alpha = self.predict(x, self.order(self.position), self.condition(labels))
+        # Shift by one token: token i gets what was predicted from 0 .. i-1; token 0 passes
+        # unchanged.
+        mu, alpha = F.pad(mu[:, :-1], (0, 0, 1, 0)), F.pad(alpha[:, :-1], (0, 0, 1, 0))  # (B, K, d)
+        u = (x - mu) * torch.exp(-alpha)
+        return self.order(u), -alpha.sum(dim=(1, 2))
+
+    def inverse(self, u: Tensor, labels: Tensor, guidance: Guidance = NO_GUIDANCE) -> Tensor:
+        """The x (B, K, d) that forward maps to u, token by token; `guidance` bends it towards the
+        labels."""
+        guided = guidance.weight != 0 and self.class_embed is not None
+        u = self.order(at_least_float32(u))
+        B, K, _ = u.shape  # batch, tokens
+        if guided:  # conditional and unconditional halves share one batch
+            labels = torch.cat((labels, torch.full_like(labels, -1)))
+        condition, position = self.condition(labels), self.order(self.position)
+        cache = KeyValueCache(len(self.layers), K)
+
+        tokens = [u[:, :1]]  # the first token passes unchanged
+        for i in range(1, K):
+            previous = tokens[-1].repeat(2, 1, 1) if guided else tokens[-1]  # (B or 2B, 1, d)
+            mu, alpha = self.predict(previous, position[i - 1], condition, cache)
+            if guided:
+                (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
+                mu, alpha = guidance(mu, alpha, mu_null, alpha_null, progress=i / (K - 1))
+            tokens.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
+        return self.order(torch.cat(tokens, dim=1))
+
+
+class NormalizingFlow(nn.Module):
+    """F: a stack of autoregressive blocks, the last one deep (Sec. 4.1.2)."""
+
+    def __init__(
+        self,
+        num_latents: int = 128,  # K tokens
+        latent_dim: int = 64,  # d numbers each
+        width: int = 1024,  # C, channels of the causal Transformers
+        depths: tuple[int, ...] = (
+            2,
+            2,
+            2,
+            2,
+            2,
+            2,
+            2,
+            20,
+        ),  # layers of each block; the last is the deep one
+        head_dim: int = 64,  # size of an attention head
+        num_classes: int = 1000,  # 0 = unconditional only
+        gated: bool = True,  # gated attention; False = STARFlow baseline
+        scale: str = "exp",  # "exp", or "softplus" = STARFlow baseline
+    ):
+        super().__init__()
+        if scale not in ("exp", "softplus"):
+            raise ValueError(f'scale must be "exp" or "softplus", got "{scale}"')
+        self.num_latents, self.latent_dim, self.num_classes = num_latents, latent_dim, num_classes
+        self.blocks = nn.ModuleList(
+            AutoregressiveBlock(
+                num_latents,
+                latent_dim,
+                width,
+                depth,
+                head_dim,
+                num_classes,
+                gated,
+                scale,
+                backward=i % 2 == 1,
+            )
+            for i, depth in enumerate(depths)
+        )
+
+    def _labels(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Labels as int64 (B,) on z's device; None = unconditional = all -1."""
+        if labels is None:
+            return torch.full((len(z),), -1, dtype=torch.int64, device=z.device)
+        return labels.to(z.device)
+
+    def intermediates(self, z: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The output of every block, a list of (B, K, d) with u last, and logdet (B,) in nats."""
+        labels = self._labels(z, labels)
+        x, logdet, outputs = z, 0.0, []
+        for block in self.blocks:
+            x, block_logdet = block(x, labels)
+            logdet = logdet + block_logdet
+            outputs.append(x)
+        return outputs, logdet
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u = F(z) (B, K, d) and log abs det dF/dz (B,) in nats per image.
+
+        z (B, K, d); labels int64 (B,), -1 = unconditional; None = all unconditional.
+        """
+        outputs, logdet = self.intermediates(z, labels)
+        return outputs[-1], logdet
+
+    def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """log p_F(z) (B,) in nats, constants included (Eq. 4)."""
+        u, logdet = self(z, labels)
+        log_normal = -0.5 * (u.square() + math.log(2 * math.pi)).sum(dim=(1, 2))  # (B,)
+        return log_normal + logdet
+
+    @torch.no_grad()
+    def inverse(
+        self,
+        u: Tensor,
+        labels: Tensor | None = None,
+        guidance: float = 0.0,
+        annealed: bool = True,
+        rule: str = "tarflow",
+    ) -> Tensor:
+        """z = F^-1(u): noise (B, K, d) and labels (B,) to latents (B, K, d), in at least float32.
+
+        `guidance` is the weight w of classifier-free guidance in the deep block, 0 = none (exact
+        inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. u is left
+        unchanged.
+        """
+        labels = self._labels(u, labels)
+        deep, *shallow = reversed(self.blocks)
+        x = deep.inverse(u, labels, Guidance(guidance, annealed, rule))
+        for block in shallow:
+            x = block.inverse(x, labels)
+        return x
