@@ -1,0 +1,322 @@
+"""From a checkpoint to pictures: draw noise, invert the flow, decode (Sec. 3.2.2, App. A).
+
+    python sample.py                                newest runs/*/model.pt -> grid.png beside it
+    python sample.py CKPT --classes 3 7 --num 32 --out grid.png
+    torchrun --nproc_per_node=8 -- sample.py CKPT --num 50000 --npz samples.npz     for ADM's suite
+
+    u ~ N(0, I) (B, K, d), label --flow inverse, guided in the deep block--> z (B, K, d)
+    [ z <- z + sigma^2 * grad_z log p_F(z), TARFlow's denoising, with --denoise ]
+    z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8
+
+Sample number i has class classes[i mod C] and noise from (seed, i). Samples are made in batches of
+--batch-size, batch j by process j mod world_size, so that one process and many write the same set
+to the last bit. Finished batches wait as files in OUTPUT.parts: after an interruption the same
+command goes on. (The "--" keeps torchrun from reading --num as an abbreviation of its own flags.)
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from train import (
+    MIMFlow,
+    count_parameters,
+    fail,
+    find_checkpoint,
+    flag,
+    load_checkpoint,
+    rank,
+    sample_noise,
+    save_png,
+    say,
+    select_device,
+    start_processes,
+    stop_processes,
+    to_uint8,
+    world_size,
+    write_file,
+)
+
+GRID_COLUMNS = 8  # pictures a class when --num is left out
+GRID_CLASSES = 16  # with more classes than that, the default is 8 of them, spread evenly
+
+
+# --------------------------------------------------------------------------------------------------
+# What to draw
+
+
+def choose_classes(names: list[str] | None, model: MIMFlow) -> list[int]:
+    """Class indices from indices or names; default: all of a few, 8 of many; [-1] = no labels."""
+    count = model.config.num_classes
+    if names is None:
+        if count > GRID_CLASSES:
+            return np.linspace(0, count - 1, 8).round().astype(int).tolist()
+        return list(range(count)) or [-1]
+    if count == 0:
+        fail("this model was trained without labels: leave --classes out", 2)
+    known = {name: i for i, name in enumerate(model.class_names)}
+    chosen = []
+    for name in names:
+        index = int(name) if name.isdecimal() else known.get(name, -1)
+        if not 0 <= index < count:
+            fail(
+                f"--classes {name}: this model has classes 0 to {count - 1} ({class_list(model)})",
+                2,
+            )
+        chosen.append(index)
+    return chosen
+
+
+def class_list(model: MIMFlow) -> str:
+    """The first class names, for messages."""
+    shown = ", ".join(model.class_names[:12])
+    return shown + (", ..." if len(model.class_names) > 12 else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def denoise(model: MIMFlow, z: Tensor, labels: Tensor) -> Tensor:
+    """TARFlow's score denoising: z + sigma^2 * grad_z log p_F(z), the posterior mean of the clean
+    latent (Tweedie), as z is a clean latent plus noise of std sigma (Eq. 1). (B, K, d) both."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        (score,) = torch.autograd.grad(model.flow.log_prob(z, labels).sum(), z)
+    return (z + model.config.sigma**2 * score).detach()
+
+
+@torch.no_grad()
+def draw(
+    model: MIMFlow, indices: range, classes: list[int], options: argparse.Namespace
+) -> np.ndarray:
+    """Samples number `indices` as uint8 (len(indices), H, W, 3)."""
+    c, device = model.config, model.decoder.coordinates.device
+    noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
+    labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+    z = model.flow.inverse(
+        noise,
+        labels,
+        options.guidance,
+        annealed=not options.constant_guidance,
+        rule=options.guidance_rule,
+    )
+    if options.denoise:
+        z = denoise(model, z, labels)
+    images = model.decoder(z)  # (B, 3, H, W)
+    if not images.isfinite().all():
+        fail("the model gives pictures that are not finite: lower --guidance, or train again")
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+
+
+def draw_all(
+    model: MIMFlow, classes: list[int], options: argparse.Namespace, parts: Path
+) -> list[Path]:
+    """Draw each batch not yet in the folder `parts`, over all processes; all files in order."""
+    count = math.ceil(options.num / options.batch_size)
+    paths = [parts / f"{batch:06d}.npy" for batch in range(count)]
+    mine = [j for j in range(rank(), count, world_size()) if not paths[j].exists()]
+    start, drawn = time.perf_counter(), 0
+    for batch in tqdm(mine, desc="batches", disable=not sys.stderr.isatty() or rank() != 0):
+        first = batch * options.batch_size
+        indices = range(first, min(first + options.batch_size, options.num))
+        images = draw(model, indices, classes, options)
+        write_file(paths[batch], lambda stream, images=images: np.save(stream, images))
+        drawn += len(images)
+    seconds = time.perf_counter() - start
+    if drawn:
+        say(f"{drawn} pictures in {seconds:.1f} s, {drawn / seconds:.1f} a second on this process")
+    if dist.is_initialized():
+        dist.barrier()
+    return paths
+
+
+def open_parts(parts: Path, key: dict[str, Any]) -> None:
+    """Make the folder of finished batches; those of another command (`key`) are removed."""
+    key_path, text = parts / "key.json", json.dumps(key, indent=1)
+    if rank() == 0:
+        parts.mkdir(parents=True, exist_ok=True)
+        if not key_path.exists() or key_path.read_text() != text:
+            remove_parts(parts)
+            write_file(key_path, lambda stream: stream.write(text.encode()))
+        elif done := len(list(parts.glob("*.npy"))):
+            say(f"going on: {done} batches are in {parts}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def remove_parts(parts: Path) -> None:
+    for path in [*parts.glob("*.npy"), parts / "key.json"]:
+        path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
+    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,). Holds one batch at a time."""
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+
+    def write(stream: Any) -> None:
+        with zipfile.ZipFile(stream, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                for part in parts:
+                    entry.write(np.load(part).tobytes())
+            with archive.open("arr_1.npy", "w") as entry:
+                np.lib.format.write_array(entry, labels)
+
+    write_file(path, write)
+
+
+def write_grid(path: Path, parts: list[Path], num_classes: int) -> None:
+    """A PNG with a row a class (8 columns without classes); missing pictures are white."""
+    images = np.concatenate([np.load(part) for part in parts])  # (n, H, W, 3)
+    rows = num_classes if num_classes > 1 else math.ceil(len(images) / GRID_COLUMNS)
+    columns = math.ceil(len(images) / rows)
+    grid = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
+    order = np.arange(len(images))
+    place = order if num_classes == 1 else order % rows * columns + order // rows
+    grid[place] = images
+    save_png(torch.from_numpy(grid).permute(0, 3, 1, 2) / 127.5 - 1, columns, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def show_info(path: Path, model: MIMFlow) -> None:
+    """Print what a checkpoint is: step, configuration, classes, sizes, and whether it is finite."""
+    print(f"{path}: step {model.step}, EMA weights")
+    print(" ".join(f"{flag(k)} {v}" for k, v in vars(model.config).items()))
+    print(f"classes: {class_list(model) or 'none'}")
+    for name in ("encoder", "flow", "decoder"):
+        module = getattr(model, name)
+        finite = all(p.isfinite().all() for p in module.parameters())
+        state = "finite" if finite else "NOT FINITE"
+        print(f"{name:8} {count_parameters(module):>12,} parameters, {state}")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Draw pictures from a trained MIMFlow.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="model.pt of a run (default: the newest runs/*/model.pt)")
+    add("--info", action="store_true", help="describe the checkpoint and stop")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="C",
+        help="class indices or names (default: all, or 8 of many)",
+    )
+    add("--num", type=int, help=f"pictures in all (default: {GRID_COLUMNS} a class)")
+    add("--guidance", type=float, help="weight of guidance, 0 = none (default: the preset's)")
+    add(
+        "--constant-guidance",
+        action="store_true",
+        help="the same weight for every token, not growing",
+    )
+    add(
+        "--guidance-rule",
+        choices=("tarflow", "starflow"),
+        default="tarflow",
+        help="(default: tarflow)",
+    )
+    add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        metavar="PNG",
+        help="grid, a row a class (default: grid.png by the checkpoint)",
+    )
+    add(
+        "--npz", type=Path, metavar="NPZ", help="all pictures in ADM's format instead: arr_0, arr_1"
+    )
+    add(
+        "--batch-size", type=int, default=64, help="pictures at a time on one process (default: 64)"
+    )
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    options = parser.parse_args(arguments)
+    for name in ("num", "batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"{flag(name)} must be positive")
+    if options.seed < 0 or (options.guidance is not None and options.guidance < 0):
+        parser.error("--seed and --guidance must not be negative")
+    return options
+
+
+def main(options: argparse.Namespace) -> None:
+    # The model and what to draw; everything that can be wrong is checked before the work.
+    device = select_device(options.device)
+    path = find_checkpoint(options.checkpoint)
+    model = load_checkpoint(path, device)
+    if options.info:
+        show_info(path, model)
+        return
+    classes = choose_classes(options.classes, model)
+    if classes == [-1] and options.guidance:
+        fail(
+            "this model was trained without labels: it has no guidance, leave --guidance out",
+            2,
+        )
+    if options.guidance is None:
+        options.guidance = model.config.guidance if model.config.num_classes else 0.0
+    if options.num is None:
+        options.num = GRID_COLUMNS * (len(classes) if classes != [-1] else GRID_COLUMNS)
+    if options.out is None and options.npz is None:
+        options.out = path.parent / "grid.png"
+    for output in filter(None, (options.out, options.npz)):
+        if not output.parent.is_dir():
+            fail(f"folder {output.parent} of {output.name} does not exist: make it first", 2)
+
+    # Draw in batches over all processes, then one process puts them together.
+    start_processes(device)
+    output = options.npz or options.out
+    parts = output.with_name(output.name + ".parts")
+    key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    open_parts(parts, {**key, "classes": classes, "checkpoint": digest})
+    files = draw_all(model, classes, options, parts)
+    if rank() == 0:
+        labels = np.array([classes[i % len(classes)] for i in range(options.num)])
+        if options.npz is not None:
+            write_npz(options.npz, files, labels)
+            say(f"{options.npz}: {options.num} pictures, {len(set(classes))} classes")
+        if options.out is not None:
+            write_grid(options.out, files, len(classes))
+            say(
+                f"{options.out}: guidance {options.guidance:g}, seed {options.seed}; "
+                f"rows: {row_names(model, classes)}"
+            )
+        remove_parts(parts)
+        parts.rmdir()
+    stop_processes()
+
+
+def row_names(model: MIMFlow, classes: list[int]) -> str:
+    """The classes of a grid's rows, top to bottom."""
+    return ", ".join(
+        model.class_names[i] if 0 <= i < len(model.class_names) else "-" for i in classes
+    )
+
+
+if __name__ == "__main__":
+    main(parse_arguments())

@@ -1,0 +1,87 @@
+"""decoder.py: the layout of the picture, and stochastic depth."""
+
+import torch
+from conftest import randomize
+
+from decoder import Decoder, drop_path_scales
+
+
+def small_decoder(**changes) -> Decoder:
+    sizes = dict(
+        image_size=12, patch_size=4, width=16, depth=3, heads=2, num_latents=5, latent_dim=6
+    )
+    return randomize(Decoder(**{**sizes, "drop_path": 0.5, **changes}))
+
+
+def test_latents_become_an_image():
+    decoder = small_decoder().eval()
+    z = torch.randn(2, 5, 6)
+    assert decoder(z).shape == (2, 3, 12, 12)
+    assert decoder.double()(z.double()).dtype == torch.float64
+
+
+def test_unpatchify_puts_every_pixel_where_a_loop_puts_it():
+    decoder, patches = small_decoder(), torch.randn(2, 9, 48)
+    expected = torch.empty(2, 3, 12, 12)
+    for n in range(9):
+        for row in range(4):
+            for col in range(4):
+                for colour in range(3):
+                    value = patches[:, n, (row * 4 + col) * 3 + colour]
+                    expected[:, colour, n // 3 * 4 + row, n % 3 * 4 + col] = value
+    assert torch.equal(decoder.unpatchify(patches), expected)
+
+
+def test_every_latent_token_and_its_position_matter():
+    decoder = small_decoder().eval()
+    z = torch.randn(1, 5, 6)
+    for k in range(5):
+        changed = z.clone()
+        changed[:, k] += 1
+        assert (decoder(changed) - decoder(z)).abs().max() > 1e-5
+    assert (decoder(z.flip(1)) - decoder(z)).abs().max() > 1e-5
+
+
+def test_drop_path_is_off_in_eval_and_random_in_training():
+    decoder, z = small_decoder(), torch.randn(4, 5, 6)
+    nothing = torch.zeros(3, 2, 4)
+    decoder.eval()
+    assert torch.equal(decoder(z), decoder(z))
+    assert torch.equal(decoder(z, nothing), decoder(z))
+    decoder.train()
+    assert not torch.equal(decoder(z), decoder(z))
+
+
+def test_dropping_all_branches_leaves_only_the_residual_stream():
+    decoder = small_decoder().train()
+    z, other = torch.randn(2, 2, 5, 6)
+    nothing = torch.zeros(3, 2, 2)  # patches then never see the latents
+    torch.testing.assert_close(decoder(z, nothing), decoder(other, nothing))
+    one = torch.ones(3, 2, 2)
+    trained = decoder(z, one)
+    torch.testing.assert_close(trained, decoder.eval()(z))
+
+
+def test_drop_path_acts_on_each_image_alone():
+    decoder, z = small_decoder().train(), torch.randn(2, 5, 6)
+    scales = torch.ones(3, 2, 2)
+    scales[:, :, 1] = 0
+    mixed = decoder(z, scales)
+    torch.testing.assert_close(mixed[0], decoder(z, torch.ones(3, 2, 2))[0])
+    torch.testing.assert_close(mixed[1], decoder(z, torch.zeros(3, 2, 2))[1])
+
+
+def test_drop_path_grows_with_depth_and_keeps_the_mean():
+    scales = drop_path_scales(20_000, 3, 0.4, torch.Generator().manual_seed(0))
+    assert scales.shape == (3, 2, 20_000)
+    assert (scales[0] == 1).all()
+    dropped = (scales == 0).double().mean(dim=(1, 2))
+    torch.testing.assert_close(dropped, torch.tensor([0.0, 0.2, 0.4]).double(), atol=0.01, rtol=0)
+    assert (scales.mean(dim=(1, 2)) - 1).abs().max() < 0.02
+
+
+def test_a_fresh_decoder_paints_grey():
+    fresh = Decoder(
+        image_size=8, patch_size=4, width=16, depth=1, heads=2, num_latents=2, latent_dim=3
+    )
+    assert (fresh(torch.randn(2, 2, 3)) == 0).all()

@@ -1,0 +1,227 @@
+"""flow.py: exactness first. Inverse, determinant, causal order, density, guidance."""
+
+import math
+
+import pytest
+import torch
+from conftest import randomize
+
+from flow import CausalGatedAttention, Guidance, Layer, NormalizingFlow
+
+VARIANTS = [dict(gated=True, scale="exp"), dict(gated=False, scale="softplus")]
+
+
+def small_flow(std: float = 0.1, **changes) -> NormalizingFlow:
+    sizes = dict(num_latents=6, latent_dim=3, width=16, depths=(1, 1, 2), head_dim=8, num_classes=4)
+    return randomize(NormalizingFlow(**{**sizes, **changes}), std)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inverse_of_forward_is_the_input_for_128_tokens(variant):
+    flow = small_flow(num_latents=128, latent_dim=8, **variant)
+    z, labels = torch.randn(3, 128, 8), torch.tensor([0, 3, -1])
+    u, _ = flow(z, labels)
+    assert (u - z).abs().max() > 0.1
+    assert (flow.inverse(u, labels) - z).abs().max() < 1e-4
+    for block in flow.blocks:
+        x, _ = block(z, labels)
+        assert (block.inverse(x, labels) - z).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logdet_is_that_of_the_dense_jacobian(variant):
+    flow = small_flow(**variant).double()
+    z, labels = torch.randn(2, 6, 3).double(), torch.tensor([1, -1])
+    _, logdet = flow(z, labels)
+    for i in range(2):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, i=i: flow(x.view(1, 6, 3), labels[i : i + 1])[0].flatten(), z[i].flatten()
+        )
+        sign, expected = torch.linalg.slogdet(jacobian)
+        assert sign == 1
+        assert abs(logdet[i] - expected) < 1e-8
+        assert abs(expected) > 0.01
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_token_ignores_the_later_ones_in_the_order_of_the_block(number):
+    block = small_flow().blocks[number].double()
+    z, labels = torch.randn(1, 6, 3).double(), torch.tensor([2])
+    jacobian = torch.autograd.functional.jacobian(lambda x: block(x, labels)[0], z)
+    influence = jacobian[0, :, :, 0].abs().amax(dim=(1, 3))  # (token of u, token of x)
+    if number == 1:  # reads the tokens last to first
+        influence = influence.flip(0, 1)
+    assert (influence.triu(1) == 0).all()
+    assert (influence.tril() > 0).sum() == 21  # and sees all the earlier ones
+
+
+def test_first_token_of_each_block_passes_unchanged():
+    flow, z = small_flow(), torch.randn(2, 6, 3)
+    labels = torch.tensor([0, 1])
+    assert torch.equal(flow.blocks[0](z, labels)[0][:, 0], z[:, 0])
+    assert torch.equal(flow.blocks[1](z, labels)[0][:, -1], z[:, -1])
+
+
+def test_cached_inverse_equals_the_uncached_one():
+    block = small_flow().blocks[2]
+    u, labels = torch.randn(2, 6, 3), torch.tensor([0, -1])
+    x = u.clone()
+    for i in range(1, 6):  # recompute the whole sequence for every token
+        mu, alpha = block.predict(x, block.position, block.condition(labels))
+        x[:, i] = u[:, i] * torch.exp(alpha[:, i - 1]) + mu[:, i - 1]
+    torch.testing.assert_close(block.inverse(u, labels), x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("annealed", [True, False])
+def test_guidance_in_the_deep_block_is_the_formula_token_by_token(rule, annealed):
+    flow = small_flow()
+    u, labels, w = torch.randn(2, 6, 3), torch.tensor([0, 3]), 1.5
+    deep, null = flow.blocks[2], torch.tensor([-1, -1])
+    x = u.clone()
+    for i in range(1, 6):
+        mu_c, a_c = (p[:, i - 1] for p in deep.predict(x, deep.position, deep.condition(labels)))
+        mu_u, a_u = (p[:, i - 1] for p in deep.predict(x, deep.position, deep.condition(null)))
+        w_i = w * i / 5 if annealed else w
+        if rule == "tarflow":
+            mu, sigma = mu_c + w_i * (mu_c - mu_u), torch.exp(a_c + w_i * (a_c - a_u))
+        else:
+            s = torch.minimum(a_c.exp() / a_u.exp(), torch.ones(())) ** 2
+            mu = ((1 + w_i) * mu_c - w_i * s * mu_u) / (1 + w_i - w_i * s)
+            sigma = a_c.exp() / torch.sqrt(1 + w_i - w_i * s)
+        x[:, i] = u[:, i] * sigma + mu
+    expected = flow.blocks[0].inverse(flow.blocks[1].inverse(x, labels), labels)
+    guided = flow.inverse(u, labels, guidance=w, annealed=annealed, rule=rule)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+    assert (guided - flow.inverse(u, labels)).abs().max() > 1e-3
+
+
+def test_guidance_zero_is_no_guidance_to_the_bit():
+    flow, u, labels = small_flow(), torch.randn(2, 6, 3), torch.tensor([0, 3])
+    assert torch.equal(flow.inverse(u, labels, guidance=0.0), flow.inverse(u, labels))
+
+
+def test_guidance_moves_every_channel_and_spares_unlabelled_samples():
+    flow, u = small_flow(), torch.randn(2, 6, 3)
+    labels = torch.tensor([1, -1])
+    change = flow.inverse(u, labels, guidance=3.0) - flow.inverse(u, labels)
+    assert (change[0].abs() > 1e-5).any(dim=0).all()
+    assert change[1].abs().max() < 1e-5
+
+
+def test_starflow_rule_never_widens_the_gaussian():
+    alpha_c, alpha_u = torch.randn(2, 1000)
+    _, alpha = Guidance(2.0, rule="starflow")(alpha_c, alpha_c, alpha_u, alpha_u, progress=1.0)
+    assert (alpha <= alpha_c + 1e-6).all() and alpha.isfinite().all()
+
+
+def test_unconditional_is_the_mean_class_embedding():
+    flow, z = small_flow(), torch.randn(2, 6, 3)
+    expected = flow(z, None)[0]
+    assert torch.equal(flow(z, torch.tensor([-1, -1]))[0], expected)
+    with torch.no_grad():
+        for block in flow.blocks:
+            block.class_embed[2] = block.class_embed[[0, 1, 3]].mean(
+                dim=0
+            )  # now class 2 is the mean
+    torch.testing.assert_close(flow(z, torch.tensor([2, 2]))[0], flow(z)[0], atol=1e-5, rtol=1e-5)
+    assert (flow(z, torch.tensor([0, 1]))[0] - expected).abs().max() > 1e-3
+
+
+def test_a_flow_without_classes_works_and_ignores_guidance():
+    flow, z = small_flow(num_classes=0), torch.randn(2, 6, 3)
+    u, _ = flow(z)
+    assert (flow.inverse(u) - z).abs().max() < 1e-4
+    assert torch.equal(flow.inverse(u, guidance=2.0), flow.inverse(u))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_density_integrates_to_one(variant):
+    flow = small_flow(num_latents=2, latent_dim=1, **variant).double()
+    axis = torch.linspace(-16, 16, 401).double()
+    grid = torch.cartesian_prod(axis, axis)[:, :, None]  # (401^2, K = 2, d = 1)
+    with torch.no_grad():
+        density = flow.log_prob(grid, torch.full((len(grid),), 1)).exp()
+    assert abs(density.sum() * (axis[1] - axis[0]) ** 2 - 1) < 1e-4
+
+
+def test_log_prob_is_the_change_of_variables():
+    flow, z = small_flow(), torch.randn(2, 6, 3)
+    u, logdet = flow(z)
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(dim=(1, 2))
+    torch.testing.assert_close(flow.log_prob(z), normal + logdet)
+
+
+def test_a_fresh_flow_is_the_identity_in_both_scales():
+    for scale in ("exp", "softplus"):
+        flow = NormalizingFlow(6, 3, 16, (1, 2), 8, 4, scale=scale)
+        z = torch.randn(2, 6, 3)
+        u, logdet = flow(z)
+        torch.testing.assert_close(u, z, atol=1e-6, rtol=0)
+        assert logdet.abs().max() < 1e-5
+        assert math.isclose(
+            flow.log_prob(torch.zeros(1, 6, 3)).item(), -9 * math.log(2 * math.pi), rel_tol=1e-5
+        )
+
+
+def test_layer_without_gate_equals_torch_transformer_layer():
+    layer = randomize(Layer(16, 8, gated=False))
+    reference = torch.nn.TransformerEncoderLayer(
+        16, 2, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    names = {
+        "attention.qkv.": "self_attn.in_proj_",
+        "attention.proj": "self_attn.out_proj",
+        "mlp.0": "linear1",
+        "mlp.2": "linear2",
+    }
+    state = {}
+    for key, value in layer.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = value
+    reference.load_state_dict(state)
+    x = torch.randn(2, 5, 16)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(5)
+    expected = reference(x, src_mask=causal, is_causal=True)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gate_multiplies_the_heads_before_the_output_projection():
+    attention = randomize(CausalGatedAttention(16, 8, gated=True))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        attention.gate.weight.zero_()
+        attention.gate.bias.fill_(30.0)  # sigmoid = 1: the gate is open
+        opened = attention(x)
+        attention.gate.bias.zero_()  # sigmoid = 1/2
+        half = attention(x)
+        attention.gate.bias.fill_(-30.0)  # closed: only the bias of the projection is left
+        closed = attention(x)
+    torch.testing.assert_close(half, (opened + closed) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(closed, attention.proj.bias.expand_as(closed), atol=1e-5, rtol=1e-5)
+
+
+def test_intermediates_end_in_u_and_blocks_alternate():
+    flow, z = small_flow(), torch.randn(2, 6, 3)
+    outputs, _ = flow.intermediates(z)
+    assert len(outputs) == 3 and all(x.shape == z.shape for x in outputs)
+    assert torch.equal(outputs[-1], flow(z)[0])
+    assert [block.backward for block in flow.blocks] == [False, True, False]
+
+
+def test_precision_is_never_lowered_and_the_argument_never_changed():
+    flow = small_flow().double()
+    u = torch.randn(2, 6, 3).double()
+    before = u.clone()
+    z = flow.inverse(u, torch.tensor([0, 1]), guidance=1.0)
+    assert z.dtype == torch.float64 and torch.equal(u, before)
+    assert (flow(flow.inverse(u))[0] - u).abs().max() < 1e-12
+    half = small_flow().bfloat16()
+    u, logdet = half(torch.randn(2, 6, 3))
+    assert u.dtype == logdet.dtype == half.inverse(u).dtype == torch.float32
+
+
+def test_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="scale"):
+        small_flow(scale="relu")
