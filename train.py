@@ -122,8 +122,9 @@ class Config:
     steps: int | None = option(None, "training steps")
     batch_size: int = option(256, "images per step, over all processes")
     grad_accum: int = option(1, "parts a process's share of the batch is split into")
-    lr: float = option(1e-4, "learning rate of AdamW, constant")
+    lr: float = option(1e-4, "learning rate of AdamW")
     lr_warmup: int = option(0, "steps over which it grows from 0; paper: 0")
+    lr_decay: float = option(0.0, "last share of the steps, where it falls to 0; paper: 0")
     beta1: float = option(0.9, "AdamW beta 1")
     beta2: float = option(0.95, "AdamW beta 2")
     weight_decay: float = option(1e-4, "AdamW weight decay")
@@ -170,11 +171,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         # the flow prefers a latent without information. The ramps let the autoencoder come first.
         nll_weight=0.01,
         nll_warmup=500,
-        mask_warmup=1200,
-        steps=4000,
+        mask_warmup=900,
+        steps=3000,
         batch_size=16,
-        lr=1e-3,
+        lr=2e-3,
         lr_warmup=50,
+        lr_decay=0.5,  # paper: constant, with an EMA over 10,000 steps. Here there are few steps.
         weight_decay=0.0,
         ema=0.995,
         guidance=1.0,
@@ -205,7 +207,7 @@ def check_config(config: Config) -> None:
     for name in ("num_workers", "nll_warmup", "mask_warmup", "lr_warmup", "weight_decay", "sigma"):
         if getattr(c, name) < 0:
             fail(f"{flag(name)} must not be negative, got {getattr(c, name)}", 2)
-    for name in ("drop_path", "label_drop", "ema", "beta1", "beta2"):
+    for name in ("drop_path", "label_drop", "lr_decay", "ema", "beta1", "beta2"):
         if not 0 <= getattr(c, name) <= 1:
             fail(f"{flag(name)} must lie between 0 and 1, got {getattr(c, name)}", 2)
     if not 0 <= c.mask_ratio[0] <= c.mask_ratio[1] <= 1:
@@ -490,6 +492,17 @@ class StepSampler(Sampler):
 # The model
 
 
+def ramp(step: int, length: float) -> float:
+    """Rise from 0 at step 0 to 1 at step `length`, then 1; always 1 if length is 0."""
+    return min(1.0, step / length) if length else 1.0
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Constant (Tab. 7) between a linear warm-up and a linear decay to 0, both off in the paper."""
+    decay_steps = config.lr_decay * config.steps
+    return config.lr * ramp(step + 1, config.lr_warmup) * ramp(config.steps - step, decay_steps)
+
+
 class Draws(NamedTuple):
     """Everything random in one training step, for a batch of B images."""
 
@@ -507,8 +520,7 @@ def draw_randomness(config: Config, step: int, device: torch.device) -> Draws:
     """Draw a step's randomness for the GLOBAL batch from a generator seeded with (seed, step)."""
     c, B = config, config.batch_size
     generator = torch.Generator(device).manual_seed(derived_seed(c.seed, step))
-    ramp = min(1.0, step / c.mask_warmup) if c.mask_warmup else 1.0
-    low, high = (ramp * ratio for ratio in c.mask_ratio)
+    low, high = (ratio * ramp(step, c.mask_warmup) for ratio in c.mask_ratio)
     return Draws(
         mask=random_mask(B, c.grid**2, (low, high), generator),
         noise=torch.randn(B, c.num_latents, c.latent_dim, generator=generator, device=device),
@@ -919,10 +931,10 @@ def main(config: Config, overwrite: bool = False) -> None:
     for step, (images, labels) in enumerate(loader, start=start):
         # Learning rate and loss weight of this step.
         done = step + 1
-        lr = c.lr * min(1.0, done / c.lr_warmup if c.lr_warmup else 1.0)
+        lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        nll_weight = c.nll_weight * min(1.0, step / c.nll_warmup if c.nll_warmup else 1.0)
+        nll_weight = c.nll_weight * ramp(step, c.nll_warmup)
 
         # Gradient of the mean over the global batch: parts of this process, then DDP over
         # processes.
