@@ -94,8 +94,7 @@ class Decoder(nn.Module):
         return self.unpatchify(self.to_pixels(self.norm(tokens[:, :N])))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """Lay row-major patches (B, N, p*p*3), each in (row, column, colour) order, out as (B, 3,
-        H, W)."""
+        """Patches (B, N, p*p*3), row-major, each (row, column, colour) -> image (B, 3, H, W)."""
         B, g, p = len(patches), self.grid, self.patch_size
         image = patches.view(B, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (B, 3, g, p, g, p)
         return image.reshape(B, 3, g * p, g * p)

@@ -64,8 +64,7 @@ def random_mask(
 
 
 def grid_coordinates(rows: int, cols: int) -> Tensor:
-    """Row and column of every patch in row-major order, (rows * cols, 2), in patches from the top
-    left."""
+    """Row and column of every patch, row-major, (rows * cols, 2), counted from the top left."""
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     return torch.stack((row, col), dim=-1).flatten(0, 1).to(torch.get_default_dtype())
 
@@ -106,8 +105,7 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn the channel pairs (j, j + head_dim/2) of x (B, heads, T, hd) by `angle` (heads, T,
-    hd/2)."""
+    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd) by `angle` (heads, T, hd/2)."""
     cos, sin = angle.cos(), angle.sin()
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(x)
@@ -171,8 +169,7 @@ class Block(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers, as MAE starts its ViT. For
-    Module.apply."""
+    """Xavier-uniform weights, zero biases for linear layers, as MAE starts. For Module.apply."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -1,5 +1,4 @@
-"""The latent normalizing flow F (Sec. 3.2.2, 4.1.2): "Improved STARFlow-L", exact density of the
-latents.
+"""The latent normalizing flow F, "Improved STARFlow-L": exact density (Sec. 3.2.2, 4.1.2).
 
     z (B, K, d) --block 1--> --block 2--> ... --block 8 (deep)--> u = F(z) (B, K, d),  u ~ N(0, I)
 
@@ -70,8 +69,7 @@ class KeyValueCache:
 
 
 class CausalGatedAttention(nn.Module):
-    """Multi-head self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated
-    Attn.")."""
+    """Self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated Attn.")."""
 
     def __init__(self, width: int, head_dim: int, gated: bool):
         super().__init__()
@@ -186,8 +184,7 @@ class AutoregressiveBlock(nn.Module):
         return x.flip(-2) if self.backward else x
 
     def condition(self, labels: Tensor) -> Tensor | float:
-        """Class embedding (B, 1, C) of labels (B,); -1 gives the null class, the MEAN embedding
-        (TARFlow)."""
+        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN embedding."""
         if self.class_embed is None:
             return 0.0
         null = self.class_embed.mean(dim=0)
@@ -202,8 +199,7 @@ class AutoregressiveBlock(nn.Module):
         condition: Tensor | float,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """mu, alpha for the token AFTER each of the tokens x (B, T, d), each (B, T, d), in
-        float32 or more."""
+        """mu and alpha, (B, T, d) each, for the token AFTER each of the tokens x (B, T, d)."""
         h = self.proj_in(x.type_as(self.proj_in.weight)) + position + condition  # (B, T, C)
         for i, layer in enumerate(self.layers):
             h = layer(h, cache, i)
@@ -225,8 +221,7 @@ class AutoregressiveBlock(nn.Module):
         return self.order(u), -alpha.sum(dim=(1, 2))
 
     def inverse(self, u: Tensor, labels: Tensor, guidance: Guidance = NO_GUIDANCE) -> Tensor:
-        """The x (B, K, d) that forward maps to u, token by token; `guidance` bends it towards the
-        labels."""
+        """The x (B, K, d) that forward maps to u, token by token, or its guided version."""
         guided = guidance.weight != 0 and self.class_embed is not None
         u = self.order(at_least_float32(u))
         B, K, _ = u.shape  # batch, tokens

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -52,12 +52,17 @@ from losses import flow_nll, joint_loss, pixel_loss
 
 CHECKPOINT_FORMAT = 1  # raised when a file of this program can no longer be read by an older one
 SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
+SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
 MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run
 
 
-def fail(message: str, code: int = 1) -> None:
-    """End the program with one line that says what is wrong and what to do (rank 0 speaks)."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message: str, code: int = 1, every_rank: bool = False) -> NoReturn:
+    """End the program with one line that says what is wrong and what to do.
+
+    Rank 0 speaks, since a wrong command is wrong on every rank; `every_rank` is for what one
+    process alone can meet. Exit code 2 for usage, 1 for the rest.
+    """
+    if every_rank or rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -151,8 +156,7 @@ class Config:
         return Path(self.out if self.out is not None else f"runs/{self.preset}")
 
 
-# A preset lists what it changes. paper: the values above. `shapes` is for a laptop: 1.2 M
-# parameters.
+# A preset lists what it changes; mimflow-l is the paper. `shapes` is for a laptop.
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
         image_size=32,
@@ -253,8 +257,7 @@ def flag(name: str) -> str:
 def regular_polygon(
     corners: int, radius: float, start: float = 90.0, shift: float = 0.0
 ) -> np.ndarray:
-    """Corners (corners, 2) as (x, y), y downwards, the first at `start` degrees, shifted along
-    x."""
+    """Corners (corners, 2) as (x, y), y downwards, first at `start` degrees, shifted along x."""
     angle = np.radians(start + 360.0 * np.arange(corners) / corners)
     return np.stack((radius * np.cos(angle) + shift, -radius * np.sin(angle)), axis=1)
 
@@ -270,9 +273,7 @@ def heart_polygon() -> np.ndarray:
     return np.stack((np.sin(t) ** 3, -(y + 2) / 16), axis=1)
 
 
-CROSS_ARM = np.array(
-    ((-0.34, -1), (0.34, -1), (0.34, -0.34))
-)  # three corners: a quarter of the cross
+CROSS_ARM = np.array(((-0.34, -1), (0.34, -1), (0.34, -0.34)))  # a quarter of the corners
 QUARTER_TURN = np.array(((0, 1), (-1, 0)))  # (x, y) -> (-y, x)
 ARROW = ((-1, -0.3), (0, -0.3), (0, -0.9), (1.1, 0), (0, 0.9), (0, 0.3), (-1, 0.3))
 
@@ -303,8 +304,7 @@ def draw_shape(
     classes do, with some spread; `hue` in [0, 1) overrides it (a classifier that must judge
     shape, not colour, is trained on random hues).
     """
-    # Coverage of each pixel by the shape: polygons drawn SUPERSAMPLE times too large, then
-    # averaged.
+    # Coverage of each pixel by the shape: polygons drawn too large, then averaged.
     side = size * SUPERSAMPLE
     radius, tilt = rng.uniform(0.36, 0.44) * side, math.radians(rng.uniform(-15, 15))
     centre = (0.5 + rng.uniform(-0.06, 0.06, 2)) * side
@@ -315,8 +315,7 @@ def draw_shape(
         ImageDraw.Draw(canvas).polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
     coverage = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)[:, :, None] / 255
 
-    # Colours: a two-colour ramp with waves behind, the hue of the class with shade and waves in
-    # front.
+    # Colours: a two-colour ramp with waves behind; the class's hue, shaded, with waves in front.
     x = np.arange(size, dtype=np.float32) / size - 0.5
     direction = rng.uniform(0, 2 * math.pi, 3)  # of the ramp and of the two waves
     phase = x * np.cos(direction)[:, None, None] + x[:, None] * np.sin(direction)[:, None, None]
@@ -346,8 +345,7 @@ class ShapesDataset(Dataset):
         return self.length
 
     def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
-        """`key`: an index, or (epoch, index) as in FolderDataset; these pictures are not
-        augmented."""
+        """`key`: an index, or (epoch, index) as in FolderDataset; nothing is augmented here."""
         index = key[1] if isinstance(key, tuple) else key
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -413,8 +411,7 @@ class FolderDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
-        """`key`: an index, or (epoch, index), which also flips half of the pictures left to
-        right."""
+        """`key`: an index, or (epoch, index), which also flips half of the pictures."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         path, label = self.samples[index]
         try:
@@ -438,8 +435,7 @@ def list_images(folder: Path) -> list[Path]:
 def open_dataset(
     data: str | None, image_size: int, split: str = "train", seed: int = 0
 ) -> ShapesDataset | FolderDataset:
-    """The pictures that --data names: a folder, or None for the built-in ones. Items: (image,
-    label)."""
+    """The pictures that --data names, or with None the built-in ones. Items: (image, label)."""
     if data is None:
         return ShapesDataset(image_size, split)
     return FolderDataset(data, image_size, split, seed)
@@ -605,14 +601,14 @@ def count_parameters(module: nn.Module) -> int:
 def sample_noise(seed: int, indices: range, num_latents: int, latent_dim: int) -> Tensor:
     """Noise u (len(indices), K, d) of samples number `indices`: each has a generator of its own,
     so that sample i is the same whichever process draws it and whatever is drawn beside it."""
-    generators = (torch.Generator().manual_seed(derived_seed(seed, i)) for i in indices)
+    # The 1 keeps these streams apart from those of the training steps.
+    generators = (torch.Generator().manual_seed(derived_seed(seed, i, 1)) for i in indices)
     return torch.stack([torch.randn(num_latents, latent_dim, generator=g) for g in generators])
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema += (1 - decay) (model - ema), in place; early steps forget faster: min(decay,
-    (1+s)/(10+s))."""
+    """ema += (1 - decay) (model - ema), in place, with decay at most (1 + step) / (10 + step)."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
@@ -635,11 +631,11 @@ def say(message: str) -> None:
     """Print on rank 0, above a progress bar if one is running."""
     if rank() == 0:
         tqdm.write(message)
+        sys.stdout.flush()  # a log file shows the line at once
 
 
 def select_device(name: str | None) -> torch.device:
-    """The named device, or the first of cuda, mps, cpu; on CUDA the one of this process's local
-    rank."""
+    """The named device, or the first of cuda, mps, cpu; on CUDA that of the local rank."""
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -815,8 +811,13 @@ def grid_labels(num_classes: int, columns: int = 8) -> Tensor:
 
 
 def save_png(images: Tensor, columns: int, path: Path) -> None:
-    """Write images (n, 3, H, W) in [-1, 1] as a grid with `columns` pictures a row, row by row."""
-    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=255)
+    """Write images (n, 3, H, W) in [-1, 1] as a grid with `columns` pictures a row, row by row.
+
+    Small pictures are enlarged by a whole factor, each pixel to a square, so that one can see them.
+    """
+    zoom = max(1, SHOWN_SIDE // images.shape[-1])
+    images = to_uint8(images).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda stream: picture.save(stream, "png"))
@@ -824,8 +825,7 @@ def save_png(images: Tensor, columns: int, path: Path) -> None:
 
 def main(config: Config, overwrite: bool = False) -> None:
     """Train phase 1 from the first step, or go on from last.pt, to config.steps."""
-    # Set-up: device, processes, data. Everything that can be wrong is checked before anything is
-    # written.
+    # Set-up: device, data, processes. All that can be wrong is checked before anything is written.
     check_config(config)
     device = select_device(config.device)
     dataset = open_dataset(config.data, config.image_size, "train", config.seed)
@@ -849,14 +849,16 @@ def main(config: Config, overwrite: bool = False) -> None:
             return
     start_processes(device)
     if rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make the run folder {run_dir} ({error.strerror}): choose another --out")
         if overwrite:
             start_over(run_dir)
         text = json.dumps(asdict(config), indent=1)
         write_file(run_dir / "config.json", lambda stream: stream.write(text.encode()))
 
-    # Model, its moving average, optimizer. float32 weights; the default dtype decides, for the
-    # tests.
+    # Model, its moving average, optimizer. Weights have the default dtype: float32, in tests 64.
     torch.manual_seed(c.seed)
     dtype = torch.get_default_dtype()
     model = MIMFlow(config, dataset.class_names).to(device)
@@ -882,7 +884,9 @@ def main(config: Config, overwrite: bool = False) -> None:
     step_model = torch.compile(model) if c.compile else model
     if world_size() > 1:
         step_model = DistributedDataParallel(
-            step_model, device_ids=[device] if device.type == "cuda" else None
+            step_model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # the only buffers are constant coordinates
         )
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
@@ -925,7 +929,7 @@ def main(config: Config, overwrite: bool = False) -> None:
             images = ema.sample(noise_shown.to(device), labels_shown.to(device), c.guidance)
             save_png(images, 8, run_dir / "samples" / f"step_{step:07d}.png")
 
-    in_a_row, since = 0, time.perf_counter()
+    in_a_row, logged, since = 0, start, time.perf_counter()
     terminal = sys.stderr.isatty() and rank() == 0
     bar = tqdm(total=c.steps, initial=start, desc="training", disable=not terminal)
     for step, (images, labels) in enumerate(loader, start=start):
@@ -936,8 +940,7 @@ def main(config: Config, overwrite: bool = False) -> None:
             group["lr"] = lr
         nll_weight = c.nll_weight * ramp(step, c.nll_warmup)
 
-        # Gradient of the mean over the global batch: parts of this process, then DDP over
-        # processes.
+        # Gradient of the mean over the global batch: parts of a process first, then DDP.
         images = images.to(device, dtype, non_blocking=True)  # (share, 3, H, W)
         labels = labels.to(device, non_blocking=True)  # (share,)
         if c.num_classes == 0:
@@ -956,8 +959,7 @@ def main(config: Config, overwrite: bool = False) -> None:
             (loss / c.grad_accum).backward()
             logs.append(part_logs)
 
-        # Update, unless the gradient is not finite: then no weight moves, and ten in a row end
-        # the run.
+        # Update, unless the gradient is not finite: then no weight moves; ten in a row end the run.
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         if torch.isfinite(grad_norm):
             optimizer.step()
@@ -985,8 +987,9 @@ def main(config: Config, overwrite: bool = False) -> None:
             for name in logs[0]:
                 mean = mean_over_processes(torch.stack([part[name] for part in logs]).mean(dim=0))
                 line[name] = mean.tolist()
-            seconds, since = (time.perf_counter() - since) / c.log_every, time.perf_counter()
-            line["ms_per_step"] = round(1000 * seconds, 1)
+            now = time.perf_counter()
+            line["ms_per_step"] = round(1000 * (now - since) / (done - logged), 1)
+            since, logged = now, done
             if rank() == 0:
                 with open(log_path, "a") as stream:
                     stream.write(json.dumps(line) + "\n")
@@ -1028,8 +1031,7 @@ def dry_run(config: Config) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The Config that the flags describe (preset first, flags on top), and the flags that only
-    act."""
+    """The Config of the flags (preset first, flags on top), and the flags that only act."""
     parser = argparse.ArgumentParser(
         description="Train MIMFlow, phase 1 (Sec. 3.2.3). The same command continues a run.",
         epilog="In brackets: the paper's value (preset mimflow-l, Tab. 6 and 7); that of shapes.",
@@ -1080,9 +1082,14 @@ FIELD_TYPES = {
 
 if __name__ == "__main__":
     config, actions = parse_arguments()
-    if actions.check_data:
-        check_data(config)
-    elif actions.dry_run:
-        dry_run(config)
-    else:
-        main(config, actions.overwrite)
+    try:
+        if actions.check_data:
+            check_data(config)
+        elif actions.dry_run:
+            dry_run(config)
+        else:
+            main(config, actions.overwrite)
+    except BrokenImage as error:  # from a worker process it comes wrapped in the worker's traceback
+        fail(str(error).strip().split("BrokenImage: ")[-1], every_rank=True)
+    except KeyboardInterrupt:
+        fail("interrupted: the same command goes on from the last checkpoint", 130)

@@ -1,0 +1,45 @@
+"""README.md: what it names exists, and the commands that it shows can be parsed."""
+
+import ast
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import sample
+import train
+
+README = (ROOT / "README.md").read_text()
+NAMES = re.findall(r"`(\w+\.py):(\w+)`", README)
+COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample)\.py[^\n#&]*)"
+COMMANDS = re.findall(COMMAND, README, re.M)
+
+
+@pytest.mark.parametrize("file, name", NAMES)
+def test_the_table_from_paper_to_code_is_true(file, name):
+    tree = ast.parse((ROOT / file).read_text())
+    defined = {getattr(node, "name", None) for node in tree.body}
+    assert name in defined, f"README names {file}:{name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_parse(command):
+    script, *arguments = shlex.split(command)
+    parse = {"train.py": train.parse_arguments, "sample.py": sample.parse_arguments}[script]
+    parse(arguments)
+
+
+def test_table_and_commands_were_found():
+    assert len(NAMES) >= 14 and len(COMMANDS) >= 5
+
+
+def test_pictures_are_there_and_small():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).stat().st_size < 300_000
+
+
+def test_every_module_has_a_docstring_and_a_place_in_readme():
+    for path in ROOT.glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert path.name in README

@@ -1,0 +1,557 @@
+"""train.py: data, randomness, the joint model, checkpoints, runs that continue or split exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+from PIL import Image
+
+import train
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+
+
+def without_time(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "ms_per_step"} for line in lines]
+
+
+def assert_same(one, other) -> None:
+    """Equal to the last bit, through nested dictionaries and lists."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+# ---------------------------------------------------------------------------------------- Pictures
+
+
+def test_built_in_pictures_repeat_vary_and_are_balanced():
+    dataset = train.ShapesDataset(32)
+    image, label = dataset[13]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == 3
+    assert torch.equal(image, dataset[(7, 13)][0])  # the same in every epoch
+    others = [dataset[i][0] for i in range(3, 103, 10)]
+    assert all((a - b).abs().mean() > 0.02 for i, a in enumerate(others) for b in others[:i])
+    assert not torch.equal(image, train.ShapesDataset(32, "val")[13][0])
+    assert {dataset[i][1] for i in range(10)} == set(range(10))
+    assert image.min() >= -1 and image.max() <= 1
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_built_in_shape_covers_the_middle_and_hue_can_be_chosen():
+    picture = np.asarray(train.draw_shape(0, np.random.default_rng(0), 32, hue=1 / 3)).astype(int)
+    middle, corner = picture[16, 16], picture[0, 0]
+    assert middle[1] > middle[0] and middle[1] > middle[2]  # green
+    assert middle.sum() > corner.sum()
+
+
+def test_adm_crop_equals_box_halving_then_bicubic():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    pixels = np.asarray(picture).astype(float)
+    box = pixels.reshape(35, 2, 45, 2, 3).mean(axis=(1, 3))  # short side 70 >= 2 x 32: halve once
+    halved = Image.fromarray((box + 0.5).astype(np.uint8))
+    resized = np.asarray(halved.resize((round(45 * 32 / 35), 32), Image.Resampling.BICUBIC))
+    left = round((resized.shape[1] - 32) / 2)
+    result = np.asarray(train.adm_crop(picture, 32)).astype(int)
+    assert np.abs(result - resized[:, left : left + 32]).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 33), (32, 32)])
+def test_adm_crop_takes_any_size(size):
+    assert train.adm_crop(Image.new("RGB", size), 32).size == (32, 32)
+
+
+def test_uint8_conversion_rounds_and_goes_both_ways():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(train.to_uint8(values.float() / 127.5 - 1), values)
+    assert train.to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
+
+
+def write_pictures(folder, count: int, size=(20, 24), mode: str = "RGB") -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(folder.name))
+    for i in range(count):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+
+def test_folder_layouts(tmp_path):
+    for name in ("b", "a"):
+        write_pictures(tmp_path / "imagenet" / "train" / name, 3)
+    write_pictures(tmp_path / "imagenet" / "val" / "a", 1, mode="L")
+    write_pictures(tmp_path / "imagenet" / "val" / "b", 1, mode="RGBA")
+    dataset = train.open_dataset(str(tmp_path / "imagenet"), 16)
+    assert dataset.class_names == ("a", "b") and len(dataset) == 6
+    assert dataset[5][0].shape == (3, 16, 16) and dataset[5][1] == 1
+    assert len(train.open_dataset(str(tmp_path / "imagenet"), 16, "val")) == 2
+    assert train.open_dataset(str(tmp_path / "imagenet"), 16, "val")[1][0].shape == (3, 16, 16)
+    classes_directly = train.open_dataset(str(tmp_path / "imagenet" / "train"), 16)
+    assert len(classes_directly) == 6
+    flat = train.open_dataset(str(tmp_path / "imagenet" / "train" / "a"), 16)
+    assert flat.class_names == () and len(flat) == 3 and flat[0][1] == -1
+
+
+def test_flip_is_a_function_of_seed_epoch_and_index(tmp_path):
+    write_pictures(tmp_path / "flat", 4)
+    dataset = train.open_dataset(str(tmp_path / "flat"), 16, seed=3)
+    plain = dataset[1][0]
+    flipped = [torch.equal(dataset[(epoch, 1)][0], plain.flip(-1)) for epoch in range(60)]
+    assert 15 < sum(flipped) < 45
+    assert flipped == [torch.equal(dataset[(epoch, 1)][0], plain.flip(-1)) for epoch in range(60)]
+
+
+# ------------------------------------------------------------------------------- Order, randomness
+
+
+def test_sampler_shows_every_image_once_an_epoch_in_a_new_order():
+    batches = list(train.StepSampler(10, 4, range(4), 0, 10, seed=5))
+    entries = [entry for batch in batches for entry in batch]
+    first, second = ([i for e, i in entries if e == epoch] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert {e for e, _ in entries} == {0, 1, 2, 3}
+
+
+def test_sampler_can_start_anywhere_and_ranks_share_the_batch():
+    whole = list(train.StepSampler(10, 4, range(4), 0, 9, seed=5))
+    assert list(train.StepSampler(10, 4, range(4), 3, 9, seed=5)) == whole[3:]
+    left, right = (list(train.StepSampler(10, 4, range(2 * r, 2 * r + 2), 0, 9, 5)) for r in (0, 1))
+    assert [a + b for a, b in zip(left, right, strict=True)] == whole
+    assert list(train.StepSampler(10, 4, range(4), 0, 9, seed=6)) != whole
+
+
+def test_draws_repeat_differ_between_steps_and_rows_are_slices(tiny):
+    cpu = torch.device("cpu")
+    draws = train.draw_randomness(tiny, 3, cpu)
+    for a, b in zip(draws, train.draw_randomness(tiny, 3, cpu), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(draws.noise, train.draw_randomness(tiny, 4, cpu).noise)
+    part = draws.rows(2, 5)
+    assert torch.equal(part.mask, draws.mask[2:5]) and torch.equal(part.noise, draws.noise[2:5])
+    assert part.branch_scales.shape == (1, 2, 3)
+    assert not torch.equal(draws.mask[0], draws.mask[1])
+
+
+def test_ramps_and_learning_rate():
+    assert [train.ramp(s, 4) for s in (0, 2, 4, 9)] == [0, 0.5, 1, 1] and train.ramp(0, 0) == 1
+    config = train.Config(lr=1.0, lr_warmup=2, lr_decay=0.5, steps=8)
+    rates = [train.learning_rate(config, s) for s in range(8)]
+    assert rates == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert train.learning_rate(train.Config(steps=100), 99) == 1e-4  # the paper: constant
+
+
+def test_mask_ratio_grows_over_its_warmup(tiny):
+    config = replace(tiny, mask_ratio=(0.5, 0.5), mask_warmup=10)
+    hidden = [
+        train.draw_randomness(config, s, torch.device("cpu")).mask.sum().item() for s in (0, 5, 10)
+    ]
+    assert hidden == [0, 8 * 4, 8 * 8]
+
+
+# ------------------------------------------------------------------------------------------- Model
+
+
+def batch_of(config, count: int):
+    dataset = train.ShapesDataset(config.image_size)
+    images, labels = zip(*(dataset[i] for i in range(count)), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def test_forward_is_the_sum_of_the_named_terms(tiny):
+    model = train.MIMFlow(replace(tiny, label_drop=0.5)).double()
+    images, labels = batch_of(tiny, 8)
+    draws = train.draw_randomness(tiny, 0, torch.device("cpu"))
+    draws = draws._replace(noise=draws.noise.double(), branch_scales=draws.branch_scales.double())
+    loss, logs = model(images.double(), labels, draws, 0.3)
+    z = model.encoder(images.double(), draws.mask) + 0.3 * draws.noise
+    used = torch.where(draws.drop_label, -1, labels)
+    nll = -model.flow.log_prob(z, used).mean() / 16 - 0.5 * np.log(2 * np.pi)
+    mse = (model.decoder(z, draws.branch_scales) - images).square().mean()
+    torch.testing.assert_close(logs["mse"], mse)
+    torch.testing.assert_close(logs["nll"], nll)
+    torch.testing.assert_close(loss, mse + 0.3 * nll)
+    torch.testing.assert_close(logs["nll_square"] + logs["nll_logdet"], nll)
+    assert logs["block_mean_square"].shape == (2,)
+    torch.testing.assert_close(logs["block_mean_square"][-1], 2 * logs["nll_square"])
+
+
+def test_every_parameter_gets_a_gradient_and_is_in_one_optimizer_group(tiny, monkeypatch):
+    seen = {}
+    real = torch.optim.AdamW
+
+    def spy(parameters, **settings):
+        seen["optimizer"] = real(parameters, **settings)
+        return seen["optimizer"]
+
+    # Stop after the first backward pass; ratio (0, 0) must not leave the mask token out.
+    def stop(parameters, limit):
+        seen["gradients"] = [p.grad for p in parameters]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(replace(tiny, mask_ratio=(0.0, 0.0)))
+    groups = seen["optimizer"].param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in held}) == len(held) == len(list(train.MIMFlow(tiny).parameters()))
+    assert all(gradient is not None for gradient in seen["gradients"])
+    assert len(seen["gradients"]) == len(held)
+    assert groups[0]["betas"] == (0.9, 0.95) and groups[0]["eps"] == 1e-8
+
+
+def test_ema_arithmetic():
+    model, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    model.register_buffer("count", torch.tensor(7.0))
+    ema.register_buffer("count", torch.tensor(0.0))
+    old, new = ema.weight.detach().clone(), model.weight.detach().clone()
+    train.update_ema(ema, model, decay=0.9, step=1000)
+    torch.testing.assert_close(ema.weight, 0.9 * old + 0.1 * new)
+    assert ema.count == 7
+    old = ema.weight.detach().clone()
+    train.update_ema(ema, model, decay=0.9999, step=2)  # warm-up: (1 + 2) / (10 + 2)
+    torch.testing.assert_close(ema.weight, 0.25 * old + 0.75 * new)
+
+
+def test_one_batch_overfits(tiny):
+    config = replace(tiny, width=32, num_latents=8, drop_path=0.0, lr=3e-3)
+    model = train.MIMFlow(config)
+    images, labels = batch_of(config, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    draws = train.draw_randomness(config, 0, torch.device("cpu"))
+    losses = []
+    for _ in range(250):
+        loss, logs = model(images, labels, draws, 0.01)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((logs["mse"].item(), logs["nll"].item()))
+    assert losses[-1][0] < 0.1 * losses[0][0]
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_a_fresh_model_samples_finite_pictures(tiny):
+    for classes in (10, 0):
+        model = train.MIMFlow(replace(tiny, num_classes=classes)).eval()
+        noise = train.sample_noise(0, range(4), 4, 4)
+        images = model.sample(noise, torch.tensor([0, 1, 2, -1]), guidance=2.0)
+        assert images.shape == (4, 3, 16, 16) and images.isfinite().all()
+
+
+def test_sample_noise_belongs_to_the_number_of_the_sample():
+    whole = train.sample_noise(3, range(6), 4, 2)
+    assert torch.equal(train.sample_noise(3, range(4, 6), 4, 2), whole[4:])
+    assert len({row.sum().item() for row in whole}) == 6
+    assert not torch.equal(train.sample_noise(4, range(6), 4, 2), whole)
+
+
+def test_paper_scale_parameters_are_the_papers(capsys):
+    config, _ = train.parse_arguments(["--preset", "mimflow-l", "--dry-run"])
+    train.dry_run(config)
+    printed = capsys.readouterr().out
+    counts = {}
+    for line in printed.splitlines():
+        if "parameters" in line:
+            name, _, number = line.split(" parameters")[0].rpartition(" ")
+            counts[name.strip()] = int(number.replace(",", ""))
+    assert abs(counts["encoder + decoder"] / 172.0e6 - 1) < 0.01  # Tab. 2
+    assert abs(counts["flow"] / 474.8e6 - 1) < 0.005  # what the text of Sec. 4.1.2 gives
+
+
+# -------------------------------------------------------------------------------------- Whole runs
+
+
+def test_a_run_writes_what_it_promises(tiny, capsys):
+    train.main(tiny)
+    run = tiny.run_dir
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.json", "log.jsonl", "samples", "last.pt", "model.pt"}
+    assert [p.name for p in (run / "samples").iterdir()] == ["step_0000008.png"]
+    lines = read_log(run)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    wanted = {"loss", "mse", "nll", "nll_square", "nll_logdet", "block_mean_square", "mu_std", "lr"}
+    assert wanted | {"grad_norm", "skipped"} <= lines[0].keys()
+    assert len(lines[0]["block_mean_square"]) == 2
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 8
+    model = train.load_checkpoint(run / "model.pt")
+    assert model.step == 8 and model.class_names[:2] == ("circle", "square")
+    assert not model.training and model.config.latent_dim == 4
+    ema = torch.load(run / "last.pt", weights_only=True)["ema"]
+    assert_same(dict(model.state_dict()), dict(ema))
+    assert "done" in capsys.readouterr().out
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tiny, tmp_path):
+    train.main(replace(tiny, lr_decay=0.0, label_drop=0.3))
+    stopped = replace(tiny, lr_decay=0.0, label_drop=0.3, out=str(tmp_path / "stopped"))
+    train.main(replace(stopped, steps=5, save_every=5))
+    with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # as if killed after logging step 6
+        log.write('{"step": 6}\n{"step": 7, "lo')
+    train.main(stopped)
+    whole, parts = (
+        torch.load(run / "last.pt", weights_only=True) for run in (tiny.run_dir, stopped.run_dir)
+    )
+    for key in ("model", "ema", "optimizer", "step"):
+        assert_same(whole[key], parts[key])
+    wanted = {line["step"]: line for line in without_time(read_log(tiny.run_dir))}
+    resumed = without_time(read_log(stopped.run_dir))
+    assert [line for line in resumed if line["step"] != 5] == [wanted[s] for s in (2, 4, 6, 8)]
+
+
+def test_gradient_accumulation_is_the_same_step(tiny, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for parts in (1, 4):
+            train.main(replace(tiny, grad_accum=parts, out=str(tmp_path / str(parts))))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one, four = (
+        torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("1", "4")
+    )
+    assert max((one[k] - four[k]).abs().max() for k in one) < 1e-9
+
+
+RUN_IN_FLOAT64 = """
+import sys, torch, train
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+train.main(train.parse_arguments(sys.argv[1:])[0])
+"""
+
+
+def test_two_processes_equal_one_and_may_take_over(tiny_flags, tmp_path):
+    script = tmp_path / "run64.py"
+    script.write_text(RUN_IN_FLOAT64)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+
+    def run(processes: int, out: str, steps: int) -> None:
+        launcher = [sys.executable]
+        if processes == 2:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        flags = [*tiny_flags, "--drop-path", "0.2", "--lr-decay", "0", "--steps", str(steps)]
+        command = [*launcher, str(script), *flags, "--out", str(tmp_path / out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"step {steps}/{steps}") == 1  # only rank 0 speaks
+
+    run(1, "one", 6)
+    run(2, "two", 4)
+    run(1, "two", 6)  # two processes handed over to one
+    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two"))
+    for weights in ("model", "ema"):
+        assert max((one[weights][k] - two[weights][k]).abs().max() for k in one[weights]) < 1e-9
+    for a, b in zip(read_log(tmp_path / "one")[:2], read_log(tmp_path / "two")[:2], strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-9 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-9
+
+
+def test_a_non_finite_gradient_is_skipped_counted_and_named(tiny, monkeypatch, capsys):
+    real, calls = train.pixel_loss, []
+
+    def poisoned(images, reconstructions):
+        calls.append(1)
+        return real(images, reconstructions) * (float("nan") if len(calls) in (3, 4) else 1.0)
+
+    monkeypatch.setattr(train, "pixel_loss", poisoned)
+    train.main(tiny)
+    printed = capsys.readouterr().out
+    assert "step 3: gradient is not finite" in printed and "step 4: gradient" in printed
+    assert read_log(tiny.run_dir)[-1]["skipped"] == 2
+    weights = torch.load(tiny.run_dir / "last.pt", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tiny, monkeypatch, capsys):
+    real, calls = train.pixel_loss, []
+
+    def poisoned(images, reconstructions):
+        calls.append(1)
+        return real(images, reconstructions) * (float("nan") if len(calls) > 5 else 1.0)
+
+    monkeypatch.setattr(train, "pixel_loss", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(replace(tiny, steps=40))
+    assert stopped.value.code == 1 and len(calls) == 15
+    assert "10 non-finite gradients in a row at step 15" in capsys.readouterr().err
+    kept = torch.load(tiny.run_dir / "last.pt", weights_only=True)
+    assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_a_different_configuration_is_refused_and_nothing_is_overwritten(tiny, capsys):
+    train.main(tiny)
+    before = {p: p.read_bytes() for p in tiny.run_dir.iterdir() if p.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        train.main(replace(tiny, width=32, sigma=0.5))
+    message = capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and "--width 16 there, 32 now" in message and "--sigma" in message
+    )
+    train.main(tiny)
+    assert "is finished (8 steps)" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in tiny.run_dir.iterdir() if p.is_file()}
+    train.main(replace(tiny, sigma=0.5), overwrite=True)
+    assert train.load_checkpoint(tiny.run_dir / "model.pt").config.sigma == 0.5
+
+
+@pytest.mark.parametrize("layout", ["flat", "classes", "ignored labels"])
+def test_training_on_a_folder(tiny, tmp_path, layout):
+    if layout == "flat":
+        write_pictures(tmp_path / "data", 5)
+    else:
+        for name in ("cat", "dog", "owl"):
+            write_pictures(tmp_path / "data" / name, 3, size=(40, 21))
+    classes = 0 if layout == "ignored labels" else None
+    train.main(replace(tiny, data=str(tmp_path / "data"), num_classes=classes, steps=3))
+    model = train.load_checkpoint(tiny.run_dir / "model.pt")
+    assert model.config.num_classes == (3 if layout == "classes" else 0)
+    assert model.class_names == (() if layout == "flat" else ("cat", "dog", "owl"))
+
+
+# ---------------------------------------------------------------------- Files, and what goes wrong
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_rubbish(tmp_path):
+    path = tmp_path / "file"
+    train.write_file(path, lambda stream: stream.write(b"old"))
+
+    def broken(stream):
+        stream.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        train.write_file(path, broken)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "empty", "text", "other", "newer", "odd"]
+)
+def test_a_bad_checkpoint_is_one_clear_line(tiny, damage, capsys):
+    train.main(replace(tiny, steps=1))
+    path = tiny.run_dir / "model.pt"
+    content = path.read_bytes()
+    checkpoint = torch.load(path, weights_only=True)
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("truncated", "empty", "text"):
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b""}.get(damage, b"hi")
+        )
+    elif damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "newer":
+        torch.save({**checkpoint, "format": 99}, path)
+    else:
+        torch.save({**checkpoint, "config": {**checkpoint["config"], "width": 32}}, path)
+    with pytest.raises(SystemExit) as stopped:
+        train.load_checkpoint(path)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 1 and str(path) in message and message.count("\n") == 1
+
+
+class Evil:
+    """What a malicious checkpoint holds: unpickled, it would create the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_a_checkpoint_is_never_code(tmp_path, capsys):
+    trap = tmp_path / "trap"
+    torch.save({"format": 1, "config": {}, "model": Evil(str(trap))}, tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        train.load_checkpoint(tmp_path / "model.pt")
+    assert not trap.exists() and "damaged or not a checkpoint" in capsys.readouterr().err
+
+
+BAD_FLAGS = {
+    "unknown preset": (["--preset", "huge"], "unknown preset huge"),
+    "data missing": (["--data", "/nowhere"], "/nowhere does not exist"),
+    "patch": (["--image-size", "30"], "not divisible by patch size 4"),
+    "batch": (["--grad-accum", "3"], "--batch-size 8 is not divisible"),
+    "classes": (["--num-classes", "7"], "the data have 10"),
+    "mask": (["--mask-ratio", "0.6", "0.4"], "--mask-ratio"),
+    "abbreviation": (["--learning", "1"], "unrecognized arguments"),
+    "heads": (["--heads", "3"], "--heads"),
+    "device": (["--device", "warp"], "device warp"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_are_one_clear_line(case, tiny_flags, tmp_path, capsys):
+    extra, expected = BAD_FLAGS[case]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        config, _ = train.parse_arguments([*tiny_flags, "--steps", "1", "--out", str(out), *extra])
+        train.main(config)
+    assert stopped.value.code in (1, 2)
+    assert expected in capsys.readouterr().err and not out.exists()
+
+
+def test_empty_and_useless_data_folders(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no picture")
+    write_pictures(tmp_path / "half" / "cat", 2)
+    (tmp_path / "half" / "dog").mkdir()
+    for name, expected in {"empty": "no pictures", "notes": "no pictures", "half": "dog"}.items():
+        with pytest.raises(SystemExit):
+            train.open_dataset(str(tmp_path / name), 16)
+        assert expected in capsys.readouterr().err
+
+
+def test_every_field_is_a_flag_and_presets_are_under_them():
+    config, _ = train.parse_arguments(["--lr", "0.5", "--flow-depths", "1", "4", "--no-gated"])
+    assert (config.lr, config.flow_depths, config.gated) == (0.5, (1, 4), False)
+    assert config.preset == "shapes" and config.width == train.PRESETS["shapes"]["width"]
+    paper, _ = train.parse_arguments(["--preset", "mimflow-l", "--mask-ratio", "0", "0"])
+    assert paper.mask_ratio == (0.0, 0.0) and paper.epochs == 90 and paper.batch_size == 256
+    for preset in train.PRESETS.values():
+        assert preset.keys() <= {f.name for f in fields(train.Config)}
+
+
+def test_command_line_as_a_user_types_it(run_script, tiny_flags, tmp_path):
+    out = tmp_path / "run"
+    flags = [*tiny_flags, "--out", out]
+    dry = run_script("train.py", *flags, "--dry-run")
+    assert dry.returncode == 0 and "encoder + decoder" in dry.stdout and not out.exists()
+    first = run_script("train.py", *flags, "--steps", 2)
+    assert first.returncode == 0 and "step 2/2" in first.stdout, first.stderr
+    again = run_script("train.py", *flags, "--steps", 2)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    longer = run_script("train.py", *flags, "--steps", 4)
+    assert longer.returncode == 0 and "continuing" in longer.stdout
+    other = run_script("train.py", *flags, "--steps", 4, "--width", 32)
+    assert other.returncode == 2 and "--width 16 there, 32 now" in other.stderr
+
+
+def test_check_data_lists_the_broken_files(run_script, tmp_path):
+    write_pictures(tmp_path / "data" / "cat", 3)
+    bad = tmp_path / "data" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    done = run_script("train.py", "--data", tmp_path / "data", "--check-data")
+    assert done.returncode == 1 and str(bad) in done.stdout
+    assert "3 pictures, 1 classes, 1 broken" in done.stdout
+    stopped = run_script("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert (
+        stopped.returncode == 1 and str(bad) in stopped.stderr and "--check-data" in stopped.stderr
+    )
