@@ -70,7 +70,7 @@ def test_adm_crop_equals_box_halving_then_bicubic():
     resized = np.asarray(halved.resize((round(45 * 32 / 35), 32), Image.Resampling.BICUBIC))
     left = round((resized.shape[1] - 32) / 2)
     result = np.asarray(train.adm_crop(picture, 32)).astype(int)
-    assert np.abs(result - resized[:, left : left + 32]).max() <= 1
+    assert np.abs(result - resized[:, left : left + 32]).max() <= 2  # two roundings
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 33), (32, 32)])
