@@ -116,6 +116,10 @@ class Config:
     gated: bool = option(True, "gated attention (Tab. 1)")
     scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=("exp", "softplus"))
 
+    # Baseline of Tab. 1 and Fig. 5: a flow on the latents of a frozen autoencoder
+    init: str | None = option(None, "checkpoint to take encoder and decoder from", metavar="CKPT")
+    freeze_autoencoder: bool = option(False, "train the flow alone, as STARFlow does; needs --init")
+
     # Losses (Tab. 7)
     nll_weight: float = option(1.0, "weight of L_NLL in Eq. 6")
     nll_warmup: int = option(0, "steps over which that weight grows from 0; paper: 0")
@@ -189,6 +193,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sample_every=500,
     ),
     "mimflow-l": dict(num_classes=1000),
+    "starflow-l": dict(num_classes=1000, gated=False, scale="softplus", freeze_autoencoder=True),
 }
 
 # Fields that may change when a run is continued; any other difference would make it another run.
@@ -236,6 +241,8 @@ def check_config(config: Config) -> None:
         fail(f"--num-classes must not be negative, got {c.num_classes}", 2)
     if (c.steps is not None and c.steps < 1) or c.epochs <= 0:
         fail("--steps and --epochs must be positive", 2)
+    if c.freeze_autoencoder and c.init is None:
+        fail("a frozen autoencoder comes from a trained one: add --init CKPT (a model.pt)", 2)
     parts = world_size() * c.grad_accum
     if c.batch_size % parts:
         fail(
@@ -551,6 +558,9 @@ class MIMFlow(nn.Module):
             scale=c.scale,
         )
         self.decoder = Decoder(**vit, drop_path=c.drop_path)
+        if c.freeze_autoencoder:
+            self.encoder.requires_grad_(False)
+            self.decoder.requires_grad_(False)
 
     def forward(
         self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: float
@@ -563,8 +573,10 @@ class MIMFlow(nn.Module):
         labels = torch.where(draws.drop_label, -1, labels)
         outputs, logdet = self.flow.intermediates(z, labels)  # u is the last output
         nll_square, nll_logdet = flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
-        images_hat = self.decoder(z, draws.branch_scales)  # (B, 3, H, W)
-        pixel = pixel_loss(images, images_hat)  # Eq. 5, (B,)
+        if self.config.freeze_autoencoder:
+            pixel = torch.zeros_like(nll_square)  # the baseline's decoder has nothing to learn
+        else:
+            pixel = pixel_loss(images, self.decoder(z, draws.branch_scales))  # Eq. 5, (B,)
         loss = joint_loss(pixel, nll_square + nll_logdet, nll_weight).mean()  # Eq. 6
 
         with torch.no_grad():
@@ -751,6 +763,18 @@ def find_checkpoint(path: str | None) -> Path:
     return found[-1]
 
 
+def check_same_autoencoder(trained: Config, config: Config) -> None:
+    """Refuse --init from an autoencoder of another architecture, naming what differs."""
+    names = "image_size patch_size width depth heads num_latents latent_dim".split()
+    differing = [
+        f"{flag(name)} {getattr(trained, name)}"
+        for name in names
+        if getattr(trained, name) != getattr(config, name)
+    ]
+    if differing:
+        fail(f"the autoencoder of --init has {', '.join(differing)}: add these flags", 2)
+
+
 def check_same_run(stored: Config, config: Config, run_dir: Path) -> None:
     """Refuse to continue a run with another configuration, naming every field that differs."""
     differing = [
@@ -847,6 +871,10 @@ def main(config: Config, overwrite: bool = False) -> None:
                 "goes on, --overwrite starts again"
             )
             return
+    trained = None
+    if c.init is not None and checkpoint is None:
+        trained = load_checkpoint(c.init)
+        check_same_autoencoder(trained.config, config)
     start_processes(device)
     if rank() == 0:
         try:
@@ -862,9 +890,12 @@ def main(config: Config, overwrite: bool = False) -> None:
     torch.manual_seed(c.seed)
     dtype = torch.get_default_dtype()
     model = MIMFlow(config, dataset.class_names).to(device)
+    if trained is not None:
+        model.encoder.load_state_dict(trained.encoder.state_dict())
+        model.decoder.load_state_dict(trained.decoder.state_dict())
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=c.lr,
         betas=(c.beta1, c.beta2),
         eps=1e-8,

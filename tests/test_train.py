@@ -409,6 +409,25 @@ def test_a_different_configuration_is_refused_and_nothing_is_overwritten(tiny, c
     assert train.load_checkpoint(tiny.run_dir / "model.pt").config.sigma == 0.5
 
 
+def test_the_baseline_trains_only_the_flow_on_a_frozen_autoencoder(tiny, tmp_path, capsys):
+    train.main(tiny)
+    init = str(tiny.run_dir / "model.pt")
+    baseline = replace(tiny, gated=False, scale="softplus", freeze_autoencoder=True, init=init)
+    baseline = replace(baseline, out=str(tmp_path / "baseline"))
+    train.main(replace(baseline, steps=4))
+    train.main(baseline)  # and goes on
+    before, after = (train.load_checkpoint(r.run_dir / "model.pt") for r in (tiny, baseline))
+    for part in ("encoder", "decoder"):
+        assert_same(*(dict(getattr(m, part).state_dict()) for m in (before, after)))
+    fresh = train.MIMFlow(baseline).flow.state_dict()
+    assert any((after.flow.state_dict()[k] - fresh[k]).abs().max() > 0 for k in fresh)
+    for wrong, message in {"init": "--init", "width": "--width 16"}.items():
+        config = replace(baseline, out=str(tmp_path / "new"), **{wrong: {"width": 32}.get(wrong)})
+        with pytest.raises(SystemExit) as stopped:
+            train.main(config)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["flat", "classes", "ignored labels"])
 def test_training_on_a_folder(tiny, tmp_path, layout):
     if layout == "flat":
