@@ -78,6 +78,12 @@ def test_features_are_what_the_projection_reads():
     assert torch.equal(encoder.projection(features), encoder(images))
 
 
+def test_the_outputs_kept_are_those_of_the_queries():
+    encoder = small_encoder(depth=0)  # no layer: a query comes out as it went in
+    expected = encoder.norm(encoder.queries + encoder.query_position).expand(2, -1, -1)
+    torch.testing.assert_close(encoder.features(torch.randn(2, 3, 16, 16)), expected)
+
+
 def test_attention_without_rotation_equals_torch_multihead_attention():
     attention = randomize(Attention(width=16, heads=4))
     reference = torch.nn.MultiheadAttention(16, 4, batch_first=True)

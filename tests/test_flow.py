@@ -128,6 +128,13 @@ def test_unconditional_is_the_mean_class_embedding():
     assert (flow(z, torch.tensor([0, 1]))[0] - expected).abs().max() > 1e-3
 
 
+def test_each_label_reads_its_own_embedding():
+    block = small_flow().blocks[0]
+    rows = block.condition(torch.tensor([0, 1, 2, 3]))
+    assert rows.shape == (4, 1, 16)
+    assert torch.equal(rows[:, 0], block.class_embed)
+
+
 def test_a_flow_without_classes_works_and_ignores_guidance():
     flow, z = small_flow(num_classes=0), torch.randn(2, 6, 3)
     u, _ = flow(z)
