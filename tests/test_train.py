@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, randomize
 from PIL import Image
 
 import train
@@ -175,7 +175,7 @@ def batch_of(config, count: int):
 
 
 def test_forward_is_the_sum_of_the_named_terms(tiny):
-    model = train.MIMFlow(replace(tiny, label_drop=0.5)).double()
+    model = randomize(train.MIMFlow(replace(tiny, label_drop=0.5))).double()
     images, labels = batch_of(tiny, 8)
     draws = train.draw_randomness(tiny, 0, torch.device("cpu"))
     draws = draws._replace(noise=draws.noise.double(), branch_scales=draws.branch_scales.double())
