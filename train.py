@@ -746,9 +746,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIM
     try:
         model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
     except RuntimeError as error:
-        fail(
-            f"{path}: weights do not fit its configuration ({str(error).splitlines()[-1].strip()})"
-        )
+        reason = str(error).splitlines()[-1].strip()
+        fail(f"{path}: the weights do not fit its configuration ({reason[:100]})")
     model.step = checkpoint["step"]
     return model.to(device).eval()
 

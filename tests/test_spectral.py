@@ -1,0 +1,440 @@
+"""spectral.py against dense linear algebra: numpy's SVD of Jacobians small enough to write down."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import spectral
+import train
+from flow import NormalizingFlow
+
+VARIANTS = {
+    "improved": dict(gated=True, scale="exp"),
+    "softplus": dict(gated=True, scale="softplus"),
+    "starflow": dict(gated=False, scale="softplus"),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def random_flow(seed: int = 0, std: float = 0.1, **options) -> NormalizingFlow:
+    """A float64 flow of 4 tokens of 2 (D = 8) whose blocks are not the identity."""
+    torch.manual_seed(seed)
+    sizes = dict(num_latents=4, latent_dim=2, width=16, depths=(1, 1), head_dim=8, num_classes=3)
+    flow = NormalizingFlow(**sizes, **options).double()
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=std)
+    return flow
+
+
+def random_latents(batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """z (batch, 4, 2) and labels (batch,), unconditional ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, 4, 2, generator=generator, dtype=torch.float64)
+    return z, torch.arange(batch) % 4 - 1
+
+
+def dense_singular_values(flow, z: Tensor, labels: Tensor) -> np.ndarray:
+    """All singular values (B, D) of the Jacobian of each image, largest first, by reverse mode."""
+    values = []
+    for i in range(len(z)):
+        matrix = torch.autograd.functional.jacobian(
+            lambda x, i=i: flow(x[None], labels[i : i + 1])[0][0].flatten(), z[i]
+        )
+        values.append(np.linalg.svd(matrix.reshape(z[i].numel(), -1).numpy(), compute_uv=False))
+    return np.array(values)
+
+
+def linear_map(values: Tensor, tokens: int, seed: int = 0):
+    """A "flow" z -> M z whose Jacobian M has the singular values `values` (D,)."""
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(2, len(values), len(values), generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(random)[0]
+    matrix = left * values @ right.T
+    return lambda z, labels: ((z.flatten(1) @ matrix.T).view(len(z), tokens, -1), None)
+
+
+def relative_error(found: Tensor, expected) -> float:
+    return float(np.abs(found.numpy() / np.asarray(expected) - 1).max())
+
+
+# --------------------------------------------------------------------------------------------------
+# The values
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_extremes_are_those_of_the_dense_svd(variant, seed):
+    flow, (z, labels) = random_flow(seed, std=0.12, **VARIANTS[variant]), random_latents(4, seed)
+    values = dense_singular_values(flow, z, labels)
+    found = spectral.singular_extremes(flow, z, labels)
+    assert found.sigma_max.shape == found.sigma_min.shape == (4,)
+    assert relative_error(found.sigma_max, values[:, 0]) < 1e-6
+    assert relative_error(found.sigma_min, values[:, -1]) < 1e-6
+    condition = np.log10(values[:, 0] / values[:, -1])
+    np.testing.assert_allclose(found.log10_condition.numpy(), condition, atol=1e-6)
+    assert found.converged.all()
+    assert max(found.residual_max.max(), found.residual_min.max()) <= 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_are_one_matrix_and_its_determinant_is_the_flows(variant):
+    flow, (z, labels) = random_flow(3, **VARIANTS[variant]), random_latents(2)
+    jacobian = spectral.Jacobian(flow, z, labels)
+    unit = torch.eye(8, dtype=torch.float64)
+    columns = torch.stack([jacobian.times(e.expand(2, -1)) for e in unit], dim=2)  # (B, D, D)
+    rows = torch.stack([jacobian.transposed_times(e.expand(2, -1)) for e in unit], dim=1)
+    torch.testing.assert_close(columns, rows, rtol=1e-10, atol=1e-12)
+    product = torch.linalg.svdvals(columns).prod(dim=1)
+    logdet = flow(z, labels)[1]
+    assert logdet.abs().min() > 1e-3  # not the identity
+    torch.testing.assert_close(product, logdet.exp(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["exp", "softplus"])
+def test_flow_with_condition_number_1e4_and_smallest_values_that_nearly_coincide(scale):
+    # Channel scales by hand: the tokens share them, so that, but for small random weights, every
+    # singular value is nearly fourfold.
+    flow, (z, labels) = random_flow(0, std=1e-4, scale=scale), random_latents(3)
+    for block in flow.blocks:
+        alpha = torch.tensor([-2.4, 2.4], dtype=torch.float64)
+        if scale == "softplus":  # softplus(bias + log(e - 1)) = e^alpha
+            alpha = alpha.exp().expm1().log() - math.log(math.e - 1)
+        block.proj_out.bias.data[2:] = alpha
+    values = dense_singular_values(flow, z, labels)
+    assert (values[:, 0] / values[:, -1] > 1e4).all()
+    assert (values[:, -2] / values[:, -1] - 1 < 1e-2).all()
+    found = spectral.singular_extremes(flow, z, labels)
+    assert relative_error(found.sigma_max, values[:, 0]) < 1e-6
+    assert relative_error(found.sigma_min, values[:, -1]) < 1e-6
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-5, 1e-3])
+def test_values_are_right_where_the_two_extreme_ones_nearly_coincide(gap):
+    middle = torch.logspace(0, -2, 36, dtype=torch.float64)
+    ends = torch.tensor([2.0 * (1 + gap), 2.0, 0.004 * (1 + gap), 0.004], dtype=torch.float64)
+    values = torch.cat((ends[:2], middle, ends[2:]))
+    z = torch.zeros(2, 8, 5, dtype=torch.float64)
+    found = spectral.singular_extremes(linear_map(values, 8), z)
+    assert relative_error(found.sigma_max, values[0]) < 1e-6
+    assert relative_error(found.sigma_min, values[-1]) < 1e-6
+    assert found.converged.all()
+
+
+def test_evenly_spread_spectrum_of_condition_1e4_takes_few_products():
+    values = torch.logspace(0, -4, 96, dtype=torch.float64)
+    z = torch.zeros(1, 12, 8, dtype=torch.float64)
+    found = spectral.singular_extremes(linear_map(values, 12), z)
+    assert relative_error(found.sigma_max, 1.0) < 1e-6
+    assert relative_error(found.sigma_min, 1e-4) < 1e-6
+    assert found.converged.all()
+    # Conjugate gradients without memory take more than 10,000 steps here.
+    assert found.cg_steps.item() < 2 * 96
+    # Any 96 independent vectors would do; the iterates of Eq. 9 and 10 get there far sooner.
+    assert found.iterations_max.item() < 48 and found.iterations_min.item() < 48
+
+
+def test_the_shift_does_not_enter_the_values():
+    flow, (z, labels) = random_flow(), random_latents(2)
+    expected = dense_singular_values(flow, z, labels)[:, -1]
+    found = spectral.singular_extremes(flow, z, labels, shift=1e-2)  # of the order of sigma_min^2
+    assert relative_error(found.sigma_min, expected) < 1e-6
+
+
+def test_fresh_flow_is_the_identity():
+    flow, (z, _) = random_flow(std=0.0), random_latents(2)
+    found = spectral.singular_extremes(flow, z)
+    torch.testing.assert_close(found.sigma_max, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(found.sigma_min, torch.ones(2, dtype=torch.float64))
+    assert found.iterations_max.tolist() == found.iterations_min.tolist() == [1, 1]
+
+
+def test_blocks_can_be_analysed_alone():
+    flow, (z, labels) = random_flow(), random_latents(2)
+    for block in flow.blocks:
+        values = dense_singular_values(block, z, labels)
+        found = spectral.singular_extremes(block, z, labels)
+        assert relative_error(found.sigma_max, values[:, 0]) < 1e-6
+        assert relative_error(found.sigma_min, values[:, -1]) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# One image and its neighbours
+
+
+def test_batch_of_8_is_8_single_runs():
+    flow, (z, labels) = random_flow(4, std=0.12), random_latents(8)
+    together = spectral.singular_extremes(flow, z, labels)
+    alone = [spectral.singular_extremes(flow, z[i : i + 1], labels[i : i + 1]) for i in range(8)]
+    assert len(set(together.iterations_max.tolist())) > 1  # they do not all stop together
+    for name in ("sigma_max", "sigma_min"):
+        expected = torch.cat([getattr(one, name) for one in alone])
+        torch.testing.assert_close(getattr(together, name), expected, rtol=1e-9, atol=0)
+    for name in ("iterations_max", "iterations_min"):
+        assert getattr(together, name).tolist() == [getattr(one, name).item() for one in alone]
+
+
+def test_an_image_ignores_its_neighbours():
+    flow, (z, labels) = random_flow(4), random_latents(4)
+    others = z.clone()
+    others[1:] = 0.5 * z[1:].flip(0)
+    first = spectral.singular_extremes(flow, z, labels)
+    second = spectral.singular_extremes(flow, others, labels)
+    torch.testing.assert_close(first.sigma_min[0], second.sigma_min[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(first.sigma_max[0], second.sigma_max[0], rtol=1e-9, atol=0)
+    assert (first.sigma_min[1:] - second.sigma_min[1:]).abs().min() > 1e-6
+
+
+def test_labels_matter_and_none_is_unconditional():
+    flow, (z, _) = random_flow(), random_latents(2)
+    none = spectral.singular_extremes(flow, z).sigma_min
+    null = spectral.singular_extremes(flow, z, torch.tensor([-1, -1])).sigma_min
+    first = spectral.singular_extremes(flow, z, torch.tensor([0, 0])).sigma_min
+    assert torch.equal(none, null)
+    assert (none - first).abs().min() > 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts
+
+
+def test_conjugate_gradients_solve_and_remember():
+    values = torch.logspace(0, -2, 24, dtype=torch.float64)
+    z = torch.zeros(3, 6, 4, dtype=torch.float64)
+    jacobian = spectral.Jacobian(linear_map(values, 6), z, torch.zeros(3))
+    shift = torch.tensor([1e-6, 1e-3, 1.0], dtype=torch.float64)
+    solver = spectral.ConjugateGradients(jacobian, shift, max_steps=100)
+    b = torch.randn(3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = solver.solve(b, torch.full((3,), 1e-9, dtype=torch.float64))
+
+    unit = torch.eye(24, dtype=torch.float64)
+    matrix = torch.stack([jacobian.times(e.expand(3, -1))[0] for e in unit], dim=1)
+    for i in range(3):
+        system = matrix.T @ matrix + shift[i] * unit
+        torch.testing.assert_close(w[i], torch.linalg.solve(system, b[i]), rtol=1e-4, atol=1e-4)
+    steps = solver.steps.tolist()
+    assert steps[2] < steps[0]  # the best conditioned image is solved first
+    again = solver.solve(b, torch.full((3,), 1e-9, dtype=torch.float64))
+    assert solver.steps.tolist() == steps  # all of it was known
+    torch.testing.assert_close(again, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_inverse_undoes_the_jacobian(variant):
+    flow, (z, labels) = random_flow(5, **VARIANTS[variant]), random_latents(2)
+    v = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    jacobian = spectral.Jacobian(flow, z, labels)
+    inverse = spectral.InverseJacobian(flow, z, labels)
+    torch.testing.assert_close(inverse.times(jacobian.times(v)), v, rtol=1e-9, atol=1e-9)
+    undone = inverse.transposed_times(jacobian.transposed_times(v))
+    torch.testing.assert_close(undone, v, rtol=1e-9, atol=1e-9)
+
+
+def test_check_by_the_inverse_gives_the_smallest_value():
+    flow, (z, labels) = random_flow(6, std=0.15), random_latents(3)
+    expected = dense_singular_values(flow, z, labels)[:, -1]
+    assert relative_error(spectral.sigma_min_by_inverse(flow, z, labels), expected) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# What goes wrong is said
+
+
+def test_too_few_iterations_are_reported_per_image():
+    flow, (z, labels) = random_flow(), random_latents(3)
+    found = spectral.singular_extremes(flow, z, labels, max_iterations=2)
+    assert found.converged.tolist() == [False, False, False]
+    assert (found.residual_max > 1e-6).all() and (found.residual_min > 1e-6).all()
+    assert found.iterations_max.tolist() == [2, 2, 2]
+
+
+def test_progress_counts_every_value_once():
+    flow, (z, labels) = random_flow(), random_latents(3)
+    for limit in (2, 1000):
+        counts = []
+        spectral.singular_extremes(flow, z, labels, max_iterations=limit, progress=counts.append)
+        assert sum(counts) == 6
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(shift=0.0), "shift"),
+        (dict(shift=-1e-9), "shift"),
+        (dict(tolerance=0.0), "tolerance"),
+        (dict(max_iterations=0), "max_iterations"),
+        (dict(labels=torch.zeros(3)), "labels"),
+        (dict(z=torch.zeros(2, 15)), r"\(B, K, d\)"),
+    ],
+)
+def test_unusable_arguments_raise(bad, words):
+    arguments = dict(zip(("z", "labels"), random_latents(2), strict=True)) | bad
+    with pytest.raises(ValueError, match=words):
+        spectral.singular_extremes(random_flow(), **arguments)
+
+
+def test_flow_that_is_not_finite_raises():
+    flow, (z, labels) = random_flow(), random_latents(2)
+    flow.blocks[0].proj_out.bias.data[:] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        spectral.singular_extremes(flow, z, labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def save_checkpoint(path, weights=lambda name: True, **changes) -> train.MIMFlow:
+    """A tiny untrained model with a flow that is not the identity, as train.py writes it."""
+    torch.manual_seed(0)
+    tiny = dict(width=32, depth=1, heads=2, num_latents=4, latent_dim=2, num_classes=10)
+    tiny |= dict(flow_width=16, flow_depths=(1, 1), flow_head_dim=8, image_size=16)
+    config = train.Config(**{**train.PRESETS["shapes"], **tiny, **changes}, preset="shapes")
+    model = train.MIMFlow(config, tuple(train.SHAPES))
+    for block in model.flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.2)
+    state = {name: x for name, x in model.state_dict().items() if weights(name)}
+    names = list(train.SHAPES)
+    values = dict(format=1, step=7, config=asdict(config), class_names=names, model=state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(values, path)
+    return model
+
+
+def run(*arguments) -> None:
+    spectral.main(spectral.parse_arguments([*map(str, arguments), "--device", "cpu"]))
+
+
+def test_command_writes_numbers_that_are_those_of_the_dense_svd(tmp_path, capsys):
+    model = save_checkpoint(tmp_path / "a" / "model.pt").double()
+    run(tmp_path / "a" / "model.pt", "--images", 5, "--batch-size", 2, "--check", "--per-block")
+    report = json.loads((tmp_path / "a" / "spectral.json").read_text())
+    (result,) = report["checkpoints"]
+    images = result["images"]
+    assert report["protocol"]["dtype"] == "torch.float64"
+    assert result["step"] == 7 and result["dimension"] == 8 and result["not_converged"] == []
+    assert all(len(column) == 5 for column in images.values())
+    assert len(set(images["index"])) == 5
+    assert images["label"] == [i % 10 for i in images["index"]]  # the true class
+    assert max(result["check"]["relative_difference"]) < 1e-6
+    assert len(result["check"]["sigma_min_by_inverse"]) == spectral.CHECK_IMAGES
+    assert [len(block["images"]["sigma_min"]) for block in result["blocks"]] == [5, 5]
+
+    pictures = spectral.choose_pictures(tmp_path, model, None, 5, seed=0)
+    z, labels = spectral.encode(model, pictures, slice(0, 5), 0, torch.device("cpu"))
+    values = dense_singular_values(model.flow, z, labels)
+    assert relative_error(torch.tensor(images["sigma_max"]), values[:, 0]) < 1e-6
+    assert relative_error(torch.tensor(images["sigma_min"]), values[:, -1]) < 1e-6
+    assert np.mean(values[:, -1]) == pytest.approx(result["summary"]["sigma_min"]["mean"])
+    blocks = dense_singular_values(model.flow.blocks[0], z, labels)
+    assert np.allclose(result["blocks"][0]["images"]["sigma_max"], blocks[:, 0], rtol=1e-6)
+
+    printed = capsys.readouterr().out
+    assert "sigma_min" in printed and "block 2" in printed and "check:" in printed
+
+
+def test_two_checkpoints_side_by_side_see_the_same_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / name / "model.pt" for name in ("ours", "baseline")]
+    save_checkpoint(paths[0])
+    save_checkpoint(paths[1], gated=False, scale="softplus")
+    run(*paths, "--images", 3, "--out", tmp_path / "both.json")
+    first, second = json.loads((tmp_path / "both.json").read_text())["checkpoints"]
+    assert first["images"]["index"] == second["images"]["index"]
+    assert first["images"]["sigma_min"] != second["images"]["sigma_min"]
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_numbers_are_written_and_a_line_tells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    save_checkpoint(tmp_path / "model.pt")
+    run(tmp_path / "model.pt", "--images", 1)
+    assert (tmp_path / "spectral.json").exists() and not (tmp_path / "spectral.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_what_did_not_converge_is_printed_and_written(tmp_path, capsys):
+    save_checkpoint(tmp_path / "model.pt")
+    run(tmp_path / "model.pt", "--images", 2, "--max-iterations", 1)
+    (result,) = json.loads((tmp_path / "spectral.json").read_text())["checkpoints"]
+    assert result["not_converged"] == [0, 1]
+    assert "NOT converged: 2 of 2 images (rows 0, 1)" in capsys.readouterr().out
+
+
+def test_latents_are_masked_noised_and_the_same_in_any_batches(tmp_path):
+    model = save_checkpoint(tmp_path / "model.pt").double()
+    pictures = spectral.choose_pictures(tmp_path, model, None, 4, seed=3)
+    cpu = torch.device("cpu")
+    z, labels = spectral.encode(model, pictures, slice(0, 4), 3, cpu)
+    halves = [spectral.encode(model, pictures, slice(i, i + 2), 3, cpu)[0] for i in (0, 2)]
+    torch.testing.assert_close(z, torch.cat(halves), rtol=1e-10, atol=1e-10)
+    assert z.dtype == torch.float64 and z.shape == (4, 4, 2)
+
+    model.config.sigma = 0.0  # no noise: what differs from the open picture is the mask
+    masked, _ = spectral.encode(model, pictures, slice(0, 4), 3, cpu)
+    images = torch.stack([pictures.dataset[i][0] for i in pictures.indices]).double()
+    assert (masked - model.encoder(images)).abs().max() > 1e-3
+    assert 0.1 < (z - masked).std() < 0.6  # sigma = 0.3
+
+
+def test_pictures_without_classes_are_unconditional(tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    model = save_checkpoint(tmp_path / "model.pt").double()
+    pictures = spectral.choose_pictures(tmp_path, model, str(tmp_path), 3, seed=0)
+    _, labels = spectral.encode(model, pictures, slice(0, 3), 0, torch.device("cpu"))
+    assert labels.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--shift", "0"], 2, "--shift must be positive"),
+        (["--shift", "-1"], 2, "--shift must be positive"),
+        (["--tolerance", "0"], 2, "--tolerance must be positive"),
+        (["--images", "0"], 2, "--images must be positive"),
+        (["--images", "2001"], 2, "--images 2001 is more than"),
+        (["--out", "numbers.txt"], 2, "must end in .json"),
+        (["--out", "missing/numbers.json"], 2, "does not exist"),
+        (["--data", "missing"], 1, "data folder missing does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as end:
+        run("model.pt", *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and line.startswith("error: ") and words in line
+
+
+def test_checkpoint_without_a_flow_is_one_clear_line(tmp_path, capsys):
+    save_checkpoint(tmp_path / "model.pt", weights=lambda name: not name.startswith("flow."))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "model.pt", "--images", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "flow." in line
+
+
+def test_diverged_checkpoint_is_one_clear_line(tmp_path, capsys):
+    save_checkpoint(tmp_path / "model.pt")
+    checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
+    checkpoint["model"]["flow.blocks.0.proj_out.bias"].fill_(float("inf"))
+    torch.save(checkpoint, tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "model.pt", "--images", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "not finite" in line
