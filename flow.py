@@ -287,7 +287,7 @@ class NormalizingFlow(nn.Module):
         """Labels as int64 (B,) on z's device; None = unconditional = all -1."""
         if labels is None:
             return torch.full((len(z),), -1, dtype=torch.int64, device=z.device)
-        return labels.to(z.device)
+        return labels.to(z.device, torch.int64)
 
     def intermediates(self, z: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """The output of every block, a list of (B, K, d) with u last, and logdet (B,) in nats."""
@@ -328,6 +328,8 @@ class NormalizingFlow(nn.Module):
         inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. u is left
         unchanged.
         """
+        if rule not in ("tarflow", "starflow"):
+            raise ValueError(f'rule must be "tarflow" or "starflow", got "{rule}"')
         labels = self._labels(u, labels)
         deep, *shallow = reversed(self.blocks)
         x = deep.inverse(u, labels, Guidance(guidance, annealed, rule))

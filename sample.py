@@ -9,9 +9,10 @@
     z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8
 
 Sample number i has class classes[i mod C] and noise from (seed, i). Samples are made in batches of
---batch-size, batch j by process j mod world_size, so that one process and many write the same set
-to the last bit. Finished batches wait as files in OUTPUT.parts: after an interruption the same
-command goes on. (The "--" keeps torchrun from reading --num as an abbreviation of its own flags.)
+--batch-size, batch j by process j mod world_size, so that one process and many write the same set,
+to the last bit where devices and threads a process are the same. Finished batches wait as files in
+OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps torchrun from reading
+--num as an abbreviation of a flag of its own.)
 """
 
 import argparse
@@ -27,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from train import (
@@ -38,10 +38,12 @@ from train import (
     flag,
     load_checkpoint,
     rank,
+    run_program,
     sample_noise,
     save_png,
     say,
     select_device,
+    shown_classes,
     start_processes,
     stop_processes,
     to_uint8,
@@ -50,7 +52,6 @@ from train import (
 )
 
 GRID_COLUMNS = 8  # pictures a class when --num is left out
-GRID_CLASSES = 16  # with more classes than that, the default is 8 of them, spread evenly
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,18 +59,16 @@ GRID_CLASSES = 16  # with more classes than that, the default is 8 of them, spre
 
 
 def choose_classes(names: list[str] | None, model: MIMFlow) -> list[int]:
-    """Class indices from indices or names; default: all of a few, 8 of many; [-1] = no labels."""
+    """Class indices from names or indices (a name wins); default: those of a grid."""
     count = model.config.num_classes
     if names is None:
-        if count > GRID_CLASSES:
-            return np.linspace(0, count - 1, 8).round().astype(int).tolist()
-        return list(range(count)) or [-1]
+        return shown_classes(count)
     if count == 0:
         fail("this model was trained without labels: leave --classes out", 2)
     known = {name: i for i, name in enumerate(model.class_names)}
     chosen = []
     for name in names:
-        index = int(name) if name.isdecimal() else known.get(name, -1)
+        index = known.get(name, int(name) if name.isdecimal() else -1)
         if not 0 <= index < count:
             fail(
                 f"--classes {name}: this model has classes 0 to {count - 1} ({class_list(model)})",
@@ -89,16 +88,6 @@ def class_list(model: MIMFlow) -> str:
 # Drawing
 
 
-def denoise(model: MIMFlow, z: Tensor, labels: Tensor) -> Tensor:
-    """TARFlow's score denoising: z + sigma^2 * grad_z log p_F(z), the posterior mean of the clean
-    latent (Tweedie), as z is a clean latent plus noise of std sigma (Eq. 1). (B, K, d) both."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        (score,) = torch.autograd.grad(model.flow.log_prob(z, labels).sum(), z)
-    return (z + model.config.sigma**2 * score).detach()
-
-
-@torch.no_grad()
 def draw(
     model: MIMFlow, indices: range, classes: list[int], options: argparse.Namespace
 ) -> np.ndarray:
@@ -106,18 +95,16 @@ def draw(
     c, device = model.config, model.decoder.coordinates.device
     noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
     labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-    z = model.flow.inverse(
+    images = model.sample(
         noise,
         labels,
         options.guidance,
+        options.denoise,
         annealed=not options.constant_guidance,
         rule=options.guidance_rule,
-    )
-    if options.denoise:
-        z = denoise(model, z, labels)
-    images = model.decoder(z)  # (B, 3, H, W)
+    )  # (B, 3, H, W)
     if not images.isfinite().all():
-        fail("the model gives pictures that are not finite: lower --guidance, or train again")
+        fail("pictures are not finite: lower --guidance, or train again", every_rank=True)
     return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
 
 
@@ -158,7 +145,7 @@ def open_parts(parts: Path, key: dict[str, Any]) -> None:
 
 
 def remove_parts(parts: Path) -> None:
-    for path in [*parts.glob("*.npy"), parts / "key.json"]:
+    for path in [*parts.glob("*.npy*"), parts / "key.json"]:
         path.unlink(missing_ok=True)
 
 
@@ -258,8 +245,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("num", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"{flag(name)} must be positive")
-    if options.seed < 0 or (options.guidance is not None and options.guidance < 0):
-        parser.error("--seed and --guidance must not be negative")
+    if options.seed < 0 or not 0 <= (options.guidance or 0.0) < math.inf:
+        parser.error("--seed and --guidance must not be negative, and finite")
     return options
 
 
@@ -284,6 +271,8 @@ def main(options: argparse.Namespace) -> None:
     if options.out is None and options.npz is None:
         options.out = path.parent / "grid.png"
     for output in filter(None, (options.out, options.npz)):
+        if output.is_dir():
+            fail(f"{output} is a folder: name a file", 2)
         if not output.parent.is_dir():
             fail(f"folder {output.parent} of {output.name} does not exist: make it first", 2)
 
@@ -293,7 +282,8 @@ def main(options: argparse.Namespace) -> None:
     parts = output.with_name(output.name + ".parts")
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    open_parts(parts, {**key, "classes": classes, "checkpoint": digest})
+    key |= {"classes": classes, "checkpoint": digest, "device": device.type}
+    open_parts(parts, key)
     files = draw_all(model, classes, options, parts)
     if rank() == 0:
         labels = np.array([classes[i % len(classes)] for i in range(options.num)])
@@ -319,4 +309,4 @@ def row_names(model: MIMFlow, classes: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    run_program(lambda: main(parse_arguments()))

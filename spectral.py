@@ -60,7 +60,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from train import (
-    BrokenImage,
     MIMFlow,
     derived_seed,
     draw_randomness,
@@ -68,6 +67,7 @@ from train import (
     find_checkpoint,
     load_checkpoint,
     open_dataset,
+    run_program,
     say,
     select_device,
     write_file,
@@ -637,10 +637,8 @@ def main(flags: argparse.Namespace) -> None:
     for path, model, pictures in zip(paths, models, chosen, strict=True):
         try:
             results.append(analyse(path, model, pictures, flags))
-        except (ValueError, BrokenImage) as error:
+        except ValueError as error:
             fail(f"{path}: {error}")
-        except torch.cuda.OutOfMemoryError:
-            fail(f"{path}: GPU memory is full, try --batch-size {max(1, flags.batch_size // 2)}")
         print_report(results[-1])
 
     names = ("images", "seed", "shift", "tolerance", "max_iterations", "batch_size")
@@ -682,4 +680,4 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    run_program(lambda: main(parse_arguments()))

@@ -12,10 +12,10 @@
 The file reads in this order: the configuration, the pictures, the model, randomness and processes,
 checkpoints, the loop (`main`), the command line.
 
-The same command continues an unfinished run. That is exact, with any number of processes, because
-nothing random needs saving: the order of the data is a function of (seed, step), the augmentation
-of (seed, epoch, index), and mask, noise, label drop and drop-path come from one generator seeded
-with (seed, step), drawn for the global batch and sliced by rank.
+The same command continues an unfinished run, exactly, with any number of processes on devices of
+the same type, because nothing random needs saving: the order of the data is a function of (seed,
+step), the augmentation of (seed, epoch, index), and mask, noise, label drop and drop-path come from
+one generator seeded with (seed, step), drawn for the global batch and sliced by rank.
 """
 
 import argparse
@@ -27,10 +27,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
-from torchvision.transforms.functional import center_crop, hflip, pil_to_tensor
+from torchvision.transforms.functional import hflip, pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -50,6 +50,7 @@ from encoder import MaskedEncoder, random_mask
 from flow import NormalizingFlow
 from losses import flow_nll, joint_loss, pixel_loss
 
+HEAD = {"format", "step", "config", "class_names"}  # what every checkpoint begins with
 CHECKPOINT_FORMAT = 1  # raised when a file of this program can no longer be read by an older one
 SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
@@ -59,7 +60,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run
 def fail(message: str, code: int = 1, every_rank: bool = False) -> NoReturn:
     """End the program with one line that says what is wrong and what to do.
 
-    Rank 0 speaks, since a wrong command is wrong on every rank; `every_rank` is for what one
+    Rank 0 speaks, since most of what is wrong is wrong on every rank; `every_rank` is for what one
     process alone can meet. Exit code 2 for usage, 1 for the rest.
     """
     if every_rank or rank() == 0:
@@ -196,7 +197,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "starflow-l": dict(num_classes=1000, gated=False, scale="softplus", freeze_autoencoder=True),
 }
 
-# Fields that may change when a run is continued; any other difference would make it another run.
+# Fields that may change when a run is continued; any other difference makes it another run. (With a
+# learning rate that decays, more --steps continue it on another schedule; exact needs equal steps.)
 MAY_CHANGE = {
     "data", "num_workers", "epochs", "steps", "grad_accum", "guidance", "out",
     "save_every", "log_every", "sample_every", "device", "compile",
@@ -206,6 +208,9 @@ MAY_CHANGE = {
 def check_config(config: Config) -> None:
     """End with exit code 2 on a value that cannot work, before anything is loaded or written."""
     c = config
+    for f in fields(Config):
+        if isinstance(getattr(c, f.name), float) and not math.isfinite(getattr(c, f.name)):
+            fail(f"{flag(f.name)} must be a finite number, got {getattr(c, f.name)}", 2)
     positive = "image_size patch_size width depth heads num_latents latent_dim flow_width"
     positive += (
         " flow_head_dim batch_size grad_accum save_every log_every sample_every lr grad_clip"
@@ -213,12 +218,16 @@ def check_config(config: Config) -> None:
     for name in positive.split():
         if not getattr(c, name) > 0:
             fail(f"{flag(name)} must be positive, got {getattr(c, name)}", 2)
-    for name in ("num_workers", "nll_warmup", "mask_warmup", "lr_warmup", "weight_decay", "sigma"):
+    not_negative = "num_workers nll_warmup mask_warmup lr_warmup weight_decay sigma nll_weight"
+    for name in (not_negative + " guidance seed").split():
         if getattr(c, name) < 0:
             fail(f"{flag(name)} must not be negative, got {getattr(c, name)}", 2)
     for name in ("drop_path", "label_drop", "lr_decay", "ema", "beta1", "beta2"):
         if not 0 <= getattr(c, name) <= 1:
             fail(f"{flag(name)} must lie between 0 and 1, got {getattr(c, name)}", 2)
+    for name in ("drop_path", "beta1", "beta2"):
+        if getattr(c, name) == 1:
+            fail(f"{flag(name)} must be below 1", 2)
     if not 0 <= c.mask_ratio[0] <= c.mask_ratio[1] <= 1:
         fail(
             f"--mask-ratio needs 0 <= LOW <= HIGH <= 1, got {c.mask_ratio[0]} {c.mask_ratio[1]}", 2
@@ -241,8 +250,6 @@ def check_config(config: Config) -> None:
         fail(f"--num-classes must not be negative, got {c.num_classes}", 2)
     if (c.steps is not None and c.steps < 1) or c.epochs <= 0:
         fail("--steps and --epochs must be positive", 2)
-    if c.freeze_autoencoder and c.init is None:
-        fail("a frozen autoencoder comes from a trained one: add --init CKPT (a model.pt)", 2)
     parts = world_size() * c.grad_accum
     if c.batch_size % parts:
         fail(
@@ -383,60 +390,85 @@ def adm_crop(picture: Image.Image, size: int) -> Image.Image:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     factor = size / min(picture.size)
     new_size = (round(picture.width * factor), round(picture.height * factor))
-    return center_crop(picture.resize(new_size, Image.Resampling.BICUBIC), [size, size])
+    picture = picture.resize(new_size, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
 
 
 class FolderDataset(Dataset):
     """Pictures of a folder: CLASS folders (labels 0, 1, ... by sorted name), or flat (label -1).
 
-    FOLDER may hold train/ and val/, each in that layout; otherwise it is itself taken as every
-    split.
+    FOLDER may hold train/, val/ and test/, each in that layout, with the classes of train/; else it
+    is itself every split. Hidden files and folders are passed over.
     """
 
     def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
-        root = Path(folder)
-        if not root.is_dir():
+        top = Path(folder)
+        if not top.is_dir():
             fail(f"data folder {folder} does not exist: give --data a folder of pictures")
-        root = root / split if (root / split).is_dir() else root
         self.image_size, self.seed = image_size, seed
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        per_class = [(label, list_images(root / name)) for label, name in enumerate(names)]
-        self.samples = [(path, label) for label, paths in per_class for path in paths]
+        folders = {path.name for path in visible(top) if path.is_dir()}
+        has_splits = "train" in folders and folders <= {"train", "val", "test"}
+        if has_splits and split not in folders:
+            fail(f"{folder} has train/ but no {split}/: add {split}/ to it")
+        self.root = top / split if has_splits else top
+        classes = visible(top / "train") if has_splits else visible(top)
+        names = sorted(path.name for path in classes if path.is_dir())
+        loose = [path for path in visible(self.root) if path.suffix.lower() in IMG_EXTENSIONS]
+        if names and loose:
+            fail(f"{self.root} mixes class folders and pictures ({loose[0].name}): sort them")
+
+        pictures = sorted(loose)
+        labels = [-1] * len(loose)
+        for label, name in enumerate(names):
+            found = list_images(self.root / name)
+            if not found and split == "train":
+                fail(f"class folder {self.root / name} holds no pictures: fill it or remove it")
+            pictures += found
+            labels += [label] * len(found)
+        if not pictures:
+            fail(f"no pictures in {self.root}: expected CLASS/*.jpg or *.jpg, *.png, ...")
         self.class_names = tuple(names)
-        if not self.samples:  # no class folders with pictures in them: a flat folder, no labels
-            files = sorted(p for p in root.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-            self.samples, self.class_names = [(path, -1) for path in files], ()
-        if not self.samples:
-            fail(
-                f"no pictures in {root}: expected CLASS/*.jpg or *.jpg ({' '.join(IMG_EXTENSIONS)})"
-            )
-        for label, paths in per_class:
-            if self.class_names and not paths:
-                fail(f"class folder {root / names[label]} holds no pictures: fill it or remove it")
+        # Arrays, not lists of a million objects: worker processes would copy those, one by one.
+        self.paths = np.array([os.fsencode(path.relative_to(self.root)) for path in pictures])
+        self.labels = np.array(labels)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
         """`key`: an index, or (epoch, index), which also flips half of the pictures."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        path, label = self.samples[index]
+        path = self.root / os.fsdecode(self.paths[index])
         try:
             picture = adm_crop(default_loader(str(path)), self.image_size)
         except Exception as error:  # whatever a decoder raises, the user needs the path
             raise BrokenImage(f"cannot read {path} ({error}): see --check-data") from None
         if epoch is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             picture = hflip(picture)
-        return to_tensor(picture), label
+        return to_tensor(picture), int(self.labels[index])
 
 
 class BrokenImage(Exception):
     """A picture that cannot be decoded; the message has its path."""
 
 
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, without hidden files and what archives of macOS leave."""
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX"]
+
+
 def list_images(folder: Path) -> list[Path]:
     """All picture files below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    found: list[Path] = []
+    for path in visible(folder):
+        if path.is_dir():
+            found += list_images(path)
+        elif path.suffix.lower() in IMG_EXTENSIONS:
+            found.append(path)
+    return sorted(found)
 
 
 def open_dataset(
@@ -595,15 +627,29 @@ class MIMFlow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, noise: Tensor, labels: Tensor | None, guidance: float = 0.0, **rule: Any
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        guidance: float = 0.0,
+        denoise: bool = False,
+        **rule: Any,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] from noise u (B, K, d) and labels (B,), -1 or None =
-        no class.
+        """Pictures (B, 3, H, W) in [-1, 1] from noise u (B, K, d) and labels (B,), -1 = no class.
 
-        `guidance` and `rule` as in NormalizingFlow.inverse.
+        `guidance` and `rule` as in NormalizingFlow.inverse; `denoise` adds TARFlow's denoising.
         """
         z = self.flow.inverse(noise, labels, guidance, **rule)
+        if denoise:
+            z = self.denoise(z, labels)
         return self.decoder(z).float().clamp(-1, 1)
+
+    def denoise(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """z + sigma^2 * grad_z log p_F(z), (B, K, d): the posterior mean of the clean latent
+        (Tweedie), as the flow models clean latents plus noise of std sigma (Eq. 1)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.flow.log_prob(z, labels).sum(), z)
+        return (z + self.config.sigma**2 * score).detach()
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -651,13 +697,16 @@ def select_device(name: str | None) -> torch.device:
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if world_size() > 1 and ":" in name:
+        fail(f"--device {name} would put every process on one device: use --device cuda", 2)
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"device {name} cannot be used here ({str(error).splitlines()[0]})", 2)
+        reason = str(error).splitlines()[0]
+        fail(f"device {name} cannot be used by rank {rank()} ({reason})", 2, every_rank=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -692,7 +741,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
 #   model.pt  format, step, config, class_names, model (= the EMA weights): what one shares
 
 
-def write_file(path: Path, write: Any) -> None:
+def write_file(path: Path, write: Callable[[Any], Any]) -> None:
     """Call `write(stream)` on a temporary file beside `path`, sync it, put it in place: path always
     holds either the old content or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -706,18 +755,20 @@ def write_file(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The dictionary in a checkpoint file; one clear line for whatever is wrong with it."""
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong."""
+    if Path(path).is_dir():
+        fail(f"{path} is a folder: name the checkpoint in it, {Path(path) / 'model.pt'}")
     if not Path(path).is_file():
         fail(f"checkpoint {path} does not exist")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # zipfile, pickle, EOF, key errors: all mean that this is no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(f"checkpoint {path} is damaged or not a checkpoint ({reason[:100]})")
-    if not isinstance(checkpoint, dict) or not {"format", "config", "model"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not HEAD | {"model"} <= checkpoint.keys():
         fail(f"{path} is not a MIMFlow checkpoint (model.pt or last.pt of train.py)")
     if checkpoint["format"] > CHECKPOINT_FORMAT:
         fail(
@@ -741,7 +792,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIM
 
     It has .encoder, .flow, .decoder, .config, .class_names and .step.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     model = MIMFlow(config_from_dict(checkpoint["config"], path), checkpoint["class_names"])
     try:
         model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
@@ -800,7 +851,7 @@ def cut_log(path: Path, step: int) -> None:
     """Drop the lines of log.jsonl after `step`: those steps are about to be done again."""
     if path.is_file():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         write_file(path, lambda stream: stream.write("".join(kept).encode()))
 
 
@@ -813,24 +864,20 @@ def resolve(config: Config, dataset: ShapesDataset | FolderDataset) -> Config:
     found = len(dataset.class_names)
     classes = found if config.num_classes is None else config.num_classes
     if classes not in (0, found):
-        fail(
-            f"--num-classes is {classes} but the data have {found}: use {found}, "
-            "or 0 for no labels",
-            2,
-        )
+        source = config.data or "the built-in pictures, which are used without --data,"
+        hint = f"{found}, or 0 for no labels" if found else "0, as there are no class folders"
+        fail(f"--num-classes is {classes} but {source} have {found}: use {hint}", 2)
     steps = config.steps
     if steps is None:
         steps = max(1, round(config.epochs * len(dataset) / config.batch_size))
     return replace(config, num_classes=classes, steps=steps)
 
 
-def grid_labels(num_classes: int, columns: int = 8) -> Tensor:
-    """Labels of a grid with a row a class: all classes, or 8 spread evenly; -1 without classes."""
-    rows = (
-        torch.linspace(0, num_classes - 1, num_classes if num_classes <= 16 else 8).round().long()
-    )
-    rows = rows if num_classes else torch.full((8,), -1)
-    return rows.repeat_interleave(columns)
+def shown_classes(num_classes: int) -> list[int]:
+    """The rows of a grid: all of up to 16 classes, 8 of more, evenly; [-1] without classes."""
+    if num_classes > 16:
+        return np.linspace(0, num_classes - 1, 8).round().astype(int).tolist()
+    return list(range(num_classes)) or [-1]
 
 
 def save_png(images: Tensor, columns: int, path: Path) -> None:
@@ -856,6 +903,12 @@ def main(config: Config, overwrite: bool = False) -> None:
     c, run_dir = config, config.run_dir
     last, log_path = run_dir / "last.pt", run_dir / "log.jsonl"
     checkpoint = None
+    if (run_dir / "model.pt").exists() and not last.exists() and not overwrite:
+        fail(
+            f"{run_dir} holds a model.pt but no last.pt to go on from: use --out FOLDER for a new "
+            "run or --overwrite to replace it",
+            2,
+        )
     if last.exists() and not overwrite:
         checkpoint = read_checkpoint(last)
         check_same_run(config_from_dict(checkpoint["config"], last), config, run_dir)
@@ -871,6 +924,8 @@ def main(config: Config, overwrite: bool = False) -> None:
             )
             return
     trained = None
+    if c.freeze_autoencoder and c.init is None:
+        fail("a frozen autoencoder comes from a trained one: add --init CKPT (a model.pt)", 2)
     if c.init is not None and checkpoint is None:
         trained = load_checkpoint(c.init)
         check_same_autoencoder(trained.config, config)
@@ -880,10 +935,6 @@ def main(config: Config, overwrite: bool = False) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {run_dir} ({error.strerror}): choose another --out")
-        if overwrite:
-            start_over(run_dir)
-        text = json.dumps(asdict(config), indent=1)
-        write_file(run_dir / "config.json", lambda stream: stream.write(text.encode()))
 
     # Model, its moving average, optimizer. Weights have the default dtype: float32, in tests 64.
     torch.manual_seed(c.seed)
@@ -907,8 +958,6 @@ def main(config: Config, overwrite: bool = False) -> None:
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, skipped = checkpoint["step"], checkpoint["skipped"]
-        if rank() == 0:
-            cut_log(log_path, start)
         say(f"continuing {run_dir} after step {start}")
         del checkpoint
     step_model = torch.compile(model) if c.compile else model
@@ -918,7 +967,7 @@ def main(config: Config, overwrite: bool = False) -> None:
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,  # the only buffers are constant coordinates
         )
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     # Data: this process's rows of every global batch; the loader has a generator of its own.
     share = c.batch_size // world_size()
@@ -936,8 +985,18 @@ def main(config: Config, overwrite: bool = False) -> None:
         f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
     )
 
+    # The run folder changes only now that everything needed is there.
+    if float(mean_over_processes(torch.tensor(float(start), device=device))) != start:
+        fail(f"rank {rank()} would start at step {start}, others not: share {run_dir}", 1, True)
+    if rank() == 0:
+        if overwrite:
+            start_over(run_dir)
+        cut_log(log_path, start)
+        text = json.dumps(asdict(config), indent=1)
+        write_file(run_dir / "config.json", lambda stream: stream.write(text.encode()))
+
     # The same noise and labels in every grid, so that one sees the same pictures improve.
-    labels_shown = grid_labels(c.num_classes)
+    labels_shown = torch.tensor(shown_classes(c.num_classes)).repeat_interleave(8)
     noise_shown = sample_noise(c.seed, range(len(labels_shown)), c.num_latents, c.latent_dim)
 
     def save(step: int) -> None:
@@ -1030,7 +1089,7 @@ def main(config: Config, overwrite: bool = False) -> None:
                     say(f"step {done}/{c.steps}  {text}  {line['ms_per_step']:.0f} ms")
         if done % c.sample_every == 0 or done == c.steps:
             draw_samples(done)
-        if (done % c.save_every == 0 or done == c.steps) and in_a_row == 0:
+        if done == c.steps or (done % c.save_every == 0 and in_a_row == 0):
             save(done)
 
     # A clean end: the loader's workers and the DDP module go before the process group does.
@@ -1083,7 +1142,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
         shown = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
         if values[0] is not None or values[1] is not None:
             settings["help"] += f" [{shown[0]}; {shown[1]}]"
-        kind = type(f.default[0]) if isinstance(f.default, tuple) else FIELD_TYPES[f.name]
+        # The type of one value: of "int | None" and of "tuple[int, ...]" that is int.
+        kind = (get_args(f.type) or (f.type,))[0]
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -1101,25 +1161,32 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
     return Config(**{**PRESETS[flags.preset], **given}), argparse.Namespace(**actions)
 
 
-# The type of a field, "int | None" read as int.
-FIELD_TYPES = {
-    f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(
-        getattr(f.type, "__name__", str(f.type)).split(" |")[0], str
-    )
-    for f in fields(Config)
-}
+def command_line() -> None:
+    """Do what the command line says."""
+    config, actions = parse_arguments()
+    if actions.check_data:
+        check_data(config)
+    elif actions.dry_run:
+        dry_run(config)
+    else:
+        main(config, actions.overwrite)
+
+
+def run_program(work: Callable[[], None]) -> None:
+    """Call `work`; what a user can cause ends in one line instead of a traceback."""
+    try:
+        work()
+    except BrokenImage as error:  # from a worker process it comes wrapped in the worker's traceback
+        fail(str(error).strip().split("BrokenImage: ")[-1], every_rank=True)
+    except torch.cuda.OutOfMemoryError:
+        fail(
+            "GPU memory is full: a smaller --batch-size, or in training more --grad-accum", 1, True
+        )
+    except OSError as error:
+        fail(f"reading or writing failed: {error}", every_rank=True)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on (train.py: without --overwrite)", 130)
 
 
 if __name__ == "__main__":
-    config, actions = parse_arguments()
-    try:
-        if actions.check_data:
-            check_data(config)
-        elif actions.dry_run:
-            dry_run(config)
-        else:
-            main(config, actions.overwrite)
-    except BrokenImage as error:  # from a worker process it comes wrapped in the worker's traceback
-        fail(str(error).strip().split("BrokenImage: ")[-1], every_rank=True)
-    except KeyboardInterrupt:
-        fail("interrupted: the same command goes on from the last checkpoint", 130)
+    run_program(command_line)

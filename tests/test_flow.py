@@ -229,6 +229,8 @@ def test_precision_is_never_lowered_and_the_argument_never_changed():
     assert u.dtype == logdet.dtype == half.inverse(u).dtype == torch.float32
 
 
-def test_unknown_scale_is_refused():
+def test_unknown_scale_and_guidance_rule_are_refused():
     with pytest.raises(ValueError, match="scale"):
         small_flow(scale="relu")
+    with pytest.raises(ValueError, match="rule"):
+        small_flow().inverse(torch.randn(2, 6, 3), guidance=1.0, rule="tarflwo")

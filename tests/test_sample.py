@@ -120,9 +120,7 @@ def test_denoising_is_tweedies_formula(checkpoint):
             shift[0, k, j] = step
             both = model.flow.log_prob(torch.cat((z + shift, z - shift)), labels.repeat(2))
             score[0, k, j] = (both[0] - both[1]) / (2 * step)
-    torch.testing.assert_close(
-        sample.denoise(model, z, labels), z + 0.09 * score, atol=1e-6, rtol=1e-6
-    )
+    torch.testing.assert_close(model.denoise(z, labels), z + 0.09 * score, atol=1e-6, rtol=1e-6)
 
 
 def test_a_model_without_labels(tiny, tmp_path, capsys):

@@ -63,12 +63,12 @@ def test_built_in_shape_covers_the_middle_and_hue_can_be_chosen():
 
 def test_adm_crop_equals_box_halving_then_bicubic():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    picture = Image.fromarray(rng.integers(0, 256, (70, 94, 3), dtype=np.uint8))
     pixels = np.asarray(picture).astype(float)
-    box = pixels.reshape(35, 2, 45, 2, 3).mean(axis=(1, 3))  # short side 70 >= 2 x 32: halve once
+    box = pixels.reshape(35, 2, 47, 2, 3).mean(axis=(1, 3))  # short side 70 >= 2 x 32: halve once
     halved = Image.fromarray((box + 0.5).astype(np.uint8))
-    resized = np.asarray(halved.resize((round(45 * 32 / 35), 32), Image.Resampling.BICUBIC))
-    left = round((resized.shape[1] - 32) / 2)
+    resized = np.asarray(halved.resize((round(47 * 32 / 35), 32), Image.Resampling.BICUBIC))
+    left = (resized.shape[1] - 32) // 2
     result = np.asarray(train.adm_crop(picture, 32)).astype(int)
     assert np.abs(result - resized[:, left : left + 32]).max() <= 2  # two roundings
 
@@ -106,6 +106,31 @@ def test_folder_layouts(tmp_path):
     assert len(classes_directly) == 6
     flat = train.open_dataset(str(tmp_path / "imagenet" / "train" / "a"), 16)
     assert flat.class_names == () and len(flat) == 3 and flat[0][1] == -1
+
+
+def test_folder_layouts_that_could_be_misread(tmp_path, capsys):
+    for name in ("bus", "car", "train"):  # a class called train is no split
+        write_pictures(tmp_path / "classes" / name, 1)
+    assert train.open_dataset(str(tmp_path / "classes"), 16).class_names == ("bus", "car", "train")
+
+    for name in ("a", "b", "c"):  # val holds fewer classes: labels are those of train
+        write_pictures(tmp_path / "splits" / "train" / name, 1)
+    write_pictures(tmp_path / "splits" / "val" / "c", 1)
+    val = train.open_dataset(str(tmp_path / "splits"), 16, "val")
+    assert val.class_names == ("a", "b", "c") and val[0][1] == 2 and len(val) == 1
+
+    write_pictures(tmp_path / "splits" / "train" / ".ipynb_checkpoints", 1)
+    (tmp_path / "splits" / "train" / "a" / "._1.png").write_bytes(b"not a picture")
+    hidden = train.open_dataset(str(tmp_path / "splits"), 16)
+    assert hidden.class_names == ("a", "b", "c") and len(hidden) == 3
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "classes" / "loose.png")
+    (tmp_path / "splits" / "val").rename(tmp_path / "elsewhere")
+    for folder, split in {"classes": "train", "splits": "val"}.items():
+        with pytest.raises(SystemExit):
+            train.open_dataset(str(tmp_path / folder), 16, split)
+    message = capsys.readouterr().err
+    assert "mixes class folders and pictures" in message and "no val/" in message
 
 
 def test_flip_is_a_function_of_seed_epoch_and_index(tmp_path):
@@ -393,6 +418,43 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tiny, monke
     assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["model"].values())
 
 
+def test_a_run_that_ends_on_a_skipped_step_is_saved_all_the_same(tiny, monkeypatch):
+    real, calls = train.pixel_loss, []
+
+    def poisoned(images, reconstructions):
+        calls.append(1)
+        return real(images, reconstructions) * (float("nan") if len(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(train, "pixel_loss", poisoned)
+    train.main(tiny)
+    saved = torch.load(tiny.run_dir / "last.pt", weights_only=True)
+    assert saved["step"] == 8 and saved["skipped"] == 1
+    assert train.load_checkpoint(tiny.run_dir / "model.pt").step == 8
+
+
+def test_a_shared_model_is_not_replaced_and_overwrite_deletes_nothing_in_vain(tiny, capsys):
+    train.main(tiny)
+    for wrong in (dict(seed=-1), dict(data="/nowhere"), dict(sigma=float("nan"))):
+        with pytest.raises(SystemExit):
+            train.main(replace(tiny, **wrong), overwrite=True)
+    assert (tiny.run_dir / "last.pt").exists()
+    (tiny.run_dir / "last.pt").unlink()
+    content = (tiny.run_dir / "model.pt").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(tiny)
+    assert stopped.value.code == 2 and "no last.pt" in capsys.readouterr().err
+    assert (tiny.run_dir / "model.pt").read_bytes() == content
+
+
+def test_a_run_killed_before_its_first_save_starts_its_log_again(tiny):
+    train.main(tiny)
+    whole = without_time(read_log(tiny.run_dir))
+    for name in ("last.pt", "model.pt"):
+        (tiny.run_dir / name).unlink()
+    train.main(tiny)
+    assert without_time(read_log(tiny.run_dir)) == whole
+
+
 def test_a_different_configuration_is_refused_and_nothing_is_overwritten(tiny, capsys):
     train.main(tiny)
     before = {p: p.read_bytes() for p in tiny.run_dir.iterdir() if p.is_file()}
@@ -507,10 +569,15 @@ BAD_FLAGS = {
     "data missing": (["--data", "/nowhere"], "/nowhere does not exist"),
     "patch": (["--image-size", "30"], "not divisible by patch size 4"),
     "batch": (["--grad-accum", "3"], "--batch-size 8 is not divisible"),
-    "classes": (["--num-classes", "7"], "the data have 10"),
+    "classes": (["--num-classes", "7"], "have 10: use 10"),
     "mask": (["--mask-ratio", "0.6", "0.4"], "--mask-ratio"),
     "abbreviation": (["--learning", "1"], "unrecognized arguments"),
     "heads": (["--heads", "3"], "--heads"),
+    "seed": (["--seed", "-1"], "--seed must not be negative"),
+    "drop path": (["--drop-path", "1"], "--drop-path must be below 1"),
+    "not finite": (["--sigma", "nan"], "--sigma must be a finite number"),
+    "paper without data": (["--preset", "mimflow-l"], "used without --data"),
+    "baseline": (["--freeze-autoencoder"], "--init"),
     "device": (["--device", "warp"], "device warp"),
 }
 
