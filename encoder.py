@@ -99,9 +99,8 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
     magnitude = ROPE_THETA ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (hd/4,)
     turn = torch.rand(heads, 1) * 2 * math.pi
     angle = torch.cat((turn, turn + math.pi / 2), dim=1)[:, :, None]  # (heads, 2, 1)
-    return torch.stack((magnitude * angle.sin(), magnitude * angle.cos())).flatten(
-        2
-    )  # (2, heads, hd/2)
+    wave = torch.stack((magnitude * angle.sin(), magnitude * angle.cos()))  # (2, heads, 2, hd/4)
+    return wave.flatten(2)  # (2, heads, hd/2)
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
@@ -130,15 +129,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
         """x (B, T, C), coordinates (T, 2) of the tokens on the patch grid -> (B, T, C)."""
         B, T, C = x.shape  # batch, tokens, width
-        q, k, v = (
-            self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, heads, T, hd)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, hd) each
         # Written as products, not as a matrix product: autocast would round the angles to bfloat16.
         row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
         angle = row * self.rotary[0, :, None] + col * self.rotary[1, :, None]  # (heads, T, hd/2)
-        out = F.scaled_dot_product_attention(
-            rotate(q, angle), rotate(k, angle), v
-        )  # (B, heads, T, hd)
+        q, k = rotate(q, angle), rotate(k, angle)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, hd)
         return self.proj(out.transpose(1, 2).reshape(B, T, C))
 
 
@@ -206,17 +203,15 @@ class MaskedEncoder(nn.Module):
         self.register_buffer("coordinates", coordinates, persistent=False)  # (N + K, 2)
 
         self.apply(init_linear)
-        nn.init.xavier_uniform_(
-            self.patch_embed.weight.view(width, -1)
-        )  # a linear map of the pixels
+        # A convolution with stride p is a linear map of each patch, and starts like one.
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
         nn.init.zeros_(self.patch_embed.bias)
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The K query outputs before the projection to d numbers: what a linear probe reads (Sec.
-        4).
+        """The K query outputs before the projection: what a linear probe reads (Sec. 4.1.1).
 
-        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None = see all -> (B, K,
-        C).
+        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None = see all. Returns
+        (B, K, C).
         """
         B, N = len(images), self.num_patches
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, C)

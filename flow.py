@@ -28,9 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-INVERSE_SOFTPLUS_OF_1 = math.log(
-    math.e - 1
-)  # softplus of it is 1: a fresh softplus flow is the identity
+INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)  # a fresh softplus flow is the identity
+TOKEN_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -51,9 +50,8 @@ class KeyValueCache:
 
     def __init__(self, depth: int, num_tokens: int):
         self.depth, self.num_tokens = depth, num_tokens
-        self.buffer: Tensor | None = (
-            None  # (depth, 2, B, heads, num_tokens, hd), in the type of the keys
-        )
+        # (depth, 2, B, heads, num_tokens, hd), made at the first token in the type of its key
+        self.buffer: Tensor | None = None
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +61,8 @@ class KeyValueCache:
             self.buffer = key.new_empty(self.depth, 2, B, heads, self.num_tokens, hd)
         self.buffer[layer, 0, :, :, self.length] = key[:, :, 0]
         self.buffer[layer, 1, :, :, self.length] = value[:, :, 0]
-        return self.buffer[layer, :, :, :, : self.length + 1].unbind(
-            0
-        )  # 2 x (B, heads, length + 1, hd)
+        key, value = self.buffer[layer, :, :, :, : self.length + 1]
+        return key, value  # (B, heads, length + 1, hd) each
 
 
 class CausalGatedAttention(nn.Module):
@@ -83,9 +80,8 @@ class CausalGatedAttention(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, T = 1: the token after those in the cache."""
         B, T, C = x.shape  # batch, tokens, width
-        q, k, v = (
-            self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, heads, T, hd)
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, hd) each
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)  # (B, heads, T, hd)
@@ -168,12 +164,10 @@ class AutoregressiveBlock(nn.Module):
         self.scale = scale
         self.backward = backward  # this block reads the tokens last to first
         self.proj_in = nn.Linear(latent_dim, width)
-        self.position = nn.Parameter(
-            0.5 * torch.randn(num_latents, width)
-        )  # row k belongs to token k
-        self.class_embed = (
-            nn.Parameter(0.5 * torch.randn(num_classes, width)) if num_classes else None
-        )
+        # Row k belongs to token k, wherever the order of the block puts it.
+        self.position = nn.Parameter(TOKEN_STD * torch.randn(num_latents, width))
+        classes = TOKEN_STD * torch.randn(num_classes, width)
+        self.class_embed = nn.Parameter(classes) if num_classes else None
         self.layers = nn.ModuleList(Layer(width, head_dim, gated) for _ in range(depth))
         self.proj_out = nn.Linear(width, 2 * latent_dim)
         nn.init.zeros_(self.proj_out.weight)  # a fresh block is the identity
@@ -249,16 +243,7 @@ class NormalizingFlow(nn.Module):
         num_latents: int = 128,  # K tokens
         latent_dim: int = 64,  # d numbers each
         width: int = 1024,  # C, channels of the causal Transformers
-        depths: tuple[int, ...] = (
-            2,
-            2,
-            2,
-            2,
-            2,
-            2,
-            2,
-            20,
-        ),  # layers of each block; the last is the deep one
+        depths: tuple[int, ...] = (2, 2, 2, 2, 2, 2, 2, 20),  # layers a block, the last is deep
         head_dim: int = 64,  # size of an attention head
         num_classes: int = 1000,  # 0 = unconditional only
         gated: bool = True,  # gated attention; False = STARFlow baseline
