@@ -586,7 +586,7 @@ def draw_figure(results: list[dict], path: Path) -> None:
     panels = {"sigma_min": "smallest singular value", "log10_condition": "log10 condition number"}
     for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values = [result["images"][key] for result in results]
-        bins = np.histogram_bin_edges(np.concatenate(values), bins=30)  # one scale for all
+        bins = np.histogram_bin_edges(np.concatenate(values), "auto")  # one scale for all
         for name, value in zip(names, values, strict=True):
             axes.hist(value, bins=bins, alpha=0.6, label=f"{name} (mean {np.mean(value):.3g})")
         axes.set(xlabel=title, ylabel="images")

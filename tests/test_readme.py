@@ -8,11 +8,12 @@ import pytest
 from conftest import ROOT
 
 import sample
+import spectral
 import train
 
 README = (ROOT / "README.md").read_text()
 NAMES = re.findall(r"`(\w+\.py):(\w+)`", README)
-COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample)\.py[^\n#&]*)"
+COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample|spectral)\.py[^\n#&]*)"
 COMMANDS = re.findall(COMMAND, README, re.M)
 
 
@@ -20,18 +21,19 @@ COMMANDS = re.findall(COMMAND, README, re.M)
 def test_the_table_from_paper_to_code_is_true(file, name):
     tree = ast.parse((ROOT / file).read_text())
     defined = {getattr(node, "name", None) for node in tree.body}
+    defined |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
     assert name in defined, f"README names {file}:{name}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse(command):
     script, *arguments = shlex.split(command)
-    parse = {"train.py": train.parse_arguments, "sample.py": sample.parse_arguments}[script]
-    parse(arguments)
+    module = {"train.py": train, "sample.py": sample, "spectral.py": spectral}[script]
+    module.parse_arguments(arguments)
 
 
 def test_table_and_commands_were_found():
-    assert len(NAMES) >= 14 and len(COMMANDS) >= 5
+    assert len(NAMES) >= 14 and len(COMMANDS) >= 7
 
 
 def test_pictures_are_there_and_small():
