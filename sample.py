@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from train import (
     MIMFlow,
+    Parser,
     count_parameters,
     fail,
     find_checkpoint,
@@ -199,11 +200,7 @@ def show_info(path: Path, model: MIMFlow) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draw pictures from a trained MIMFlow.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
-    )
+    parser = Parser(description="Draw pictures from a trained MIMFlow.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run (default: the newest runs/*/model.pt)")
     add("--info", action="store_true", help="describe the checkpoint and stop")
@@ -224,7 +221,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance-rule",
         choices=("tarflow", "starflow"),
         default="tarflow",
-        help="(default: tarflow)",
+        help="how it acts",
     )
     add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
@@ -303,9 +300,9 @@ def main(options: argparse.Namespace) -> None:
 
 def row_names(model: MIMFlow, classes: list[int]) -> str:
     """The classes of a grid's rows, top to bottom."""
-    return ", ".join(
-        model.class_names[i] if 0 <= i < len(model.class_names) else "-" for i in classes
-    )
+    if classes == [-1]:
+        return "no classes"
+    return ", ".join(model.class_names[i] for i in classes)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ from tqdm import tqdm
 
 from train import (
     MIMFlow,
+    Parser,
     derived_seed,
     draw_randomness,
     fail,
@@ -653,12 +654,9 @@ def main(flags: argparse.Namespace) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of spectral.py; without `arguments` those of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Extreme singular values of the flow's Jacobian at real latents (App. B).",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
-            prog, max_help_position=30, width=100
-        ),
+        formatter=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     hidden = argparse.SUPPRESS  # no default shown where "None" would say nothing

@@ -589,8 +589,9 @@ def test_bad_flags_are_one_clear_line(case, tiny_flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         config, _ = train.parse_arguments([*tiny_flags, "--steps", "1", "--out", str(out), *extra])
         train.main(config)
-    assert stopped.value.code in (1, 2)
-    assert expected in capsys.readouterr().err and not out.exists()
+    message = capsys.readouterr().err
+    assert stopped.value.code in (1, 2) and message.count("\n") == 1
+    assert expected in message and not out.exists()
 
 
 def test_empty_and_useless_data_folders(tmp_path, capsys):
