@@ -54,6 +54,13 @@ def test_built_in_pictures_repeat_vary_and_are_balanced():
         dataset[len(dataset)]
 
 
+def test_open_dataset_gives_the_split_asked_for():
+    for split in ("train", "val"):
+        expected, found = train.ShapesDataset(16, split), train.open_dataset(None, 16, split)
+        assert len(found) == len(expected) and torch.equal(found[5][0], expected[5][0])
+    assert len(train.open_dataset(None, 16)) == 50_000  # training pictures by default
+
+
 def test_built_in_shape_covers_the_middle_and_hue_can_be_chosen():
     picture = np.asarray(train.draw_shape(0, np.random.default_rng(0), 32, hue=1 / 3)).astype(int)
     middle, corner = picture[16, 16], picture[0, 0]
