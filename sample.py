@@ -172,7 +172,7 @@ def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
 
 
 def write_grid(path: Path, parts: list[Path], num_classes: int) -> None:
-    """A PNG with a row a class (8 columns without classes); missing pictures are white."""
+    """A PNG with a row a class (rows of 8 for one class or none); missing pictures are white."""
     images = np.concatenate([np.load(part) for part in parts])  # (n, H, W, 3)
     rows = num_classes if num_classes > 1 else math.ceil(len(images) / GRID_COLUMNS)
     columns = math.ceil(len(images) / rows)
