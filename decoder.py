@@ -11,6 +11,11 @@
 The encoder turned round. The decoder sees no pixel and no mask: all it knows of the image is in
 z, and z came from a half-hidden image and carries noise, so the decoder learns to inpaint and to
 denoise at once.
+
+Beside it, while phase 1 trains, stands one small auxiliary decoder for each frozen teacher, which
+must read the teacher's features of the whole image out of the same z (Sec. 3.3.1, Eq. 7):
+
+    z (B, K, d) -> linear over the token axis, K -> N -> (B, N, d) -> MLP -> features (B, N, C_t)
 """
 
 import torch
@@ -98,3 +103,35 @@ class Decoder(nn.Module):
         B, g, p = len(patches), self.grid, self.patch_size
         image = patches.view(B, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (B, 3, g, p, g, p)
         return image.reshape(B, 3, g * p, g * p)
+
+
+class AuxiliaryDecoder(nn.Module):
+    """h_t of Eq. 7: a light MLP that predicts a teacher's patch features from z (Sec. 3.3.1).
+
+    Only phase 1 has it; afterwards it is thrown away. Light on purpose: what it cannot work out by
+    itself, the latents have to say.
+    """
+
+    def __init__(
+        self,
+        num_patches: int = 256,  # N patches of the image
+        num_latents: int = 128,  # K latent tokens
+        latent_dim: int = 64,  # d numbers each
+        width: int = 1024,  # channels of the two hidden layers
+        target_dim: int = 768,  # C_t, channels of the teacher
+    ):
+        super().__init__()
+        self.mix = nn.Linear(num_latents, num_patches)
+        self.mlp = nn.Sequential(
+            nn.Linear(latent_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, target_dim),
+        )
+        self.apply(init_linear)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, K, d) -> predicted features (B, N, C_t), one for each patch, row-major."""
+        patches = self.mix(z.transpose(1, 2)).transpose(1, 2)  # (B, N, d)
+        return self.mlp(patches)

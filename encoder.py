@@ -126,15 +126,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rotary = nn.Parameter(mixed_rotary_frequencies(heads, width // heads))
 
-    def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
-        """x (B, T, C), coordinates (T, 2) of the tokens on the patch grid -> (B, T, C)."""
+    def forward(self, x: Tensor, coordinates: Tensor | None) -> Tensor:
+        """x (B, T, C), coordinates (T, 2) of the tokens on the patch grid -> (B, T, C). Without
+        coordinates nothing is rotated."""
         B, T, C = x.shape  # batch, tokens, width
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, hd) each
-        # Written as products, not as a matrix product: autocast would round the angles to bfloat16.
-        row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
-        angle = row * self.rotary[0, :, None] + col * self.rotary[1, :, None]  # (heads, T, hd/2)
-        q, k = rotate(q, angle), rotate(k, angle)
+        if coordinates is not None:
+            # Written as products: in a matrix product autocast would round angles to bfloat16.
+            row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
+            angle = row * self.rotary[0, :, None] + col * self.rotary[1, :, None]
+            q, k = rotate(q, angle), rotate(k, angle)  # angle (heads, T, hd/2)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, hd)
         return self.proj(out.transpose(1, 2).reshape(B, T, C))
 
@@ -156,9 +158,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, coordinates: Tensor, branch_scale: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `branch_scale` (2, B) multiplies the two residual branches,
-        image by image: 0 drops one, 1/(1-p) makes up for it; None leaves both alone."""
+    def forward(
+        self,
+        x: Tensor,
+        coordinates: Tensor | None = None,
+        branch_scale: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `coordinates` as in Attention. `branch_scale` (2, B) multiplies
+        the two residual branches, image by image: 0 drops one, 1/(1-p) makes up for it; None leaves
+        both alone."""
         attention = self.attention(self.norm1(x), coordinates)
         x = x + (attention if branch_scale is None else branch_scale[0, :, None, None] * attention)
         mlp = self.mlp(self.norm2(x))

@@ -1,9 +1,9 @@
-"""decoder.py: the layout of the picture, and stochastic depth."""
+"""decoder.py: the layout of the picture, stochastic depth, the auxiliary decoder."""
 
 import torch
 from conftest import randomize
 
-from decoder import Decoder, drop_path_scales
+from decoder import AuxiliaryDecoder, Decoder, drop_path_scales
 
 
 def small_decoder(**changes) -> Decoder:
@@ -85,3 +85,15 @@ def test_a_fresh_decoder_paints_grey():
         image_size=8, patch_size=4, width=16, depth=1, heads=2, num_latents=2, latent_dim=3
     )
     assert (fresh(torch.randn(2, 2, 3)) == 0).all()
+
+
+def test_auxiliary_decoder_mixes_tokens_then_works_on_each_patch_alone():
+    auxiliary = randomize(AuxiliaryDecoder(9, 5, 6, width=16, target_dim=7)).double()
+    z = torch.randn(2, 5, 6, dtype=torch.float64)
+    features = auxiliary(z)
+    assert features.shape == (2, 9, 7)
+    patch = z.transpose(1, 2) @ auxiliary.mix.weight[4] + auxiliary.mix.bias[4]  # (2, 6)
+    torch.testing.assert_close(auxiliary.mlp(patch), features[:, 4])
+    assert AuxiliaryDecoder()(torch.randn(1, 128, 64)).shape == (1, 256, 768)  # the paper's
+    widths = [m.out_features for m in AuxiliaryDecoder().mlp if isinstance(m, torch.nn.Linear)]
+    assert widths == [1024, 1024, 768]
