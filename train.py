@@ -1,21 +1,34 @@
-"""Phase 1 of MIMFlow: encoder, flow and decoder trained together (Sec. 3.2.3, Tab. 6 and 7).
+"""Both phases of MIMFlow's training (Sec. 3.2.3 and 3.3, Tab. 6 and 7).
 
     python train.py                                       # preset shapes: built-in pictures
     python train.py --data FOLDER                         # your pictures: class folders or flat
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --data /path/to/imagenet
+    torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
+        --init runs/mimflow-l/model.pt --data /path/to/imagenet
+
+Phase 1 (`JointTraining`): encoder, flow and decoder together.
 
     images (B,3,H,W), mask (B,N) --encoder--> mu (B,K,d) --+ sigma*eps--> z (B,K,d)      Eq. 1
-    z, labels --flow--> u (B,K,d), logdet (B,)  -> L_NLL                                 Eq. 4
-    z         --decoder--> image (B,3,H,W)      -> L_recon                               Eq. 5
-    L_joint = lambda L_NLL + L_recon                                                     Eq. 6
+    z, labels --flow--> u (B,K,d), logdet (B,)                        -> L_NLL           Eq. 4
+    z --decoder--> image (B,3,H,W)                                    -> L_recon         Eq. 5
+    z --auxiliary decoders--> (B,N,C_t), frozen teachers(images)      -> L_aux           Eq. 7
+    loss = lambda L_NLL + L_recon + L_aux                                                Eq. 6
 
-The file reads in this order: the configuration, the pictures, the model, randomness and processes,
-checkpoints, the loop (`main`), the command line.
+Phase 2 (`DecoderTraining`): encoder and flow stay as they are, the decoder plays against a
+discriminator.
+
+    z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN
+    loss = L_recon + 0.05 L_GAN                                                          Eq. 8
+
+The file reads in this order: the configuration, the pictures, the model, the two objectives,
+randomness and processes, checkpoints, the loop (`main`), the command line.
 
 The same command continues an unfinished run, exactly, with any number of processes on devices of
 the same type, because nothing random needs saving: the order of the data is a function of (seed,
 step), the augmentation of (seed, epoch, index), and mask, noise, label drop and drop-path come from
-one generator seeded with (seed, step), drawn for the global batch and sliced by rank.
+one generator seeded with (seed, step), drawn for the global batch and sliced by rank. (The one
+exception: the discriminator's BatchNorm sees the share of one process, unless on CUDA, where it is
+synchronised; so on CPU the number of processes, and anywhere --grad-accum, changes phase 2.)
 """
 
 import argparse
@@ -26,8 +39,11 @@ import functools
 import json
 import math
 import os
+import pickle
+import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -41,21 +57,44 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import hflip, pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from decoder import Decoder, drop_path_scales
+from decoder import AuxiliaryDecoder, Decoder, drop_path_scales
 from encoder import MaskedEncoder, random_mask
 from flow import NormalizingFlow
-from losses import flow_nll, joint_loss, pixel_loss
+from losses import (
+    TEACHERS,
+    PatchDiscriminator,
+    Perceptual,
+    WeightsMissing,
+    auxiliary_loss,
+    discriminator_loss,
+    find_weights,
+    finetune_loss,
+    flow_nll,
+    generator_loss,
+    joint_loss,
+    make_teacher,
+    pixel_loss,
+    reconstruction_loss,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
 
 HEAD = {"format", "step", "config", "class_names"}  # what every checkpoint begins with
 CHECKPOINT_FORMAT = 1  # raised when a file of this program can no longer be read by an older one
 SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
 MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run
+MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
+TIMEOUT = datetime.timedelta(minutes=10)  # after which a silent process or data worker is an error
+MIN_PERCEPTUAL_SIDE = 16  # pixels; below, VGG's last maps are empty
 
 
 def fail(message: str, code: int = 1, every_rank: bool = False) -> NoReturn:
@@ -84,6 +123,15 @@ class Config:
 
     preset: str = "mimflow-l"
 
+    # The phase, and where phase 2 and the baseline of Tab. 1 and Fig. 5 begin
+    phase: str = option(
+        "joint",
+        "joint = phase 1; decoder = phase 2 (Sec. 3.3.2), needs --init",
+        choices=("joint", "decoder"),
+    )
+    init: str | None = option(None, "checkpoint of phase 1 to begin with", metavar="CKPT")
+    freeze_autoencoder: bool = option(False, "train the flow alone, as STARFlow does; needs --init")
+
     # Data (App. A: ADM's recipe)
     data: str | None = option(
         None, "folder of pictures; nothing = built-in shapes", metavar="FOLDER"
@@ -93,6 +141,9 @@ class Config:
         None, "classes, counted in the data if left out; 0 = no labels"
     )
     num_workers: int = option(8, "data-loading processes per GPU")
+    skip_bad_images: bool = option(
+        False, "use a fixed neighbour for a picture that cannot be read; at most 0.1 %%"
+    )
 
     # Masked encoder and decoder (Tab. 6): ViT-B twice
     patch_size: int = option(16, "side of a patch, pixels")
@@ -118,15 +169,26 @@ class Config:
     gated: bool = option(True, "gated attention (Tab. 1)")
     scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=("exp", "softplus"))
 
-    # Baseline of Tab. 1 and Fig. 5: a flow on the latents of a frozen autoencoder
-    init: str | None = option(None, "checkpoint to take encoder and decoder from", metavar="CKPT")
-    freeze_autoencoder: bool = option(False, "train the flow alone, as STARFlow does; needs --init")
-
     # Losses (Tab. 7)
     nll_weight: float = option(1.0, "weight of L_NLL in Eq. 6")
     nll_warmup: int = option(0, "steps over which that weight grows from 0; paper: 0")
     mask_warmup: int = option(0, "steps over which the mask ratio grows from 0; paper: 0")
     label_drop: float = option(0.1, "probability to train a label as unconditional")
+    mim_weight: float = option(1.0, "weight of pixels in masked patches (App. C.2)")
+    perceptual_weight: float = option(1.1, "weight of LPIPS in Eq. 5; 0 = none")
+    convnext_mix: bool = option(False, "mix ConvNeXt-S into LPIPS, 1.0 : 0.1 (release); paper: no")
+    teachers: tuple[str, ...] = option(
+        ("dino", "clip"), f"of Eq. 7, any of {' '.join(TEACHERS)}; none = leave empty", nargs="*"
+    )
+    teacher_weight: float = option(1.0, "weight of each teacher's loss in phase 1 (Eq. 7)")
+    aux_width: int = option(1024, "channels of the auxiliary decoders")
+    gan_weight: float = option(0.05, "weight of L_GAN in phase 2 (Eq. 8); 0 = no discriminator")
+
+    # Weight files of the frozen networks; left out: torch.hub's cache, else downloaded
+    vgg: str | None = option(None, "VGG16 of LPIPS (vgg16-397923af.pth)", metavar="FILE")
+    convnext: str | None = option(None, "ConvNeXt-S (convnext_small-0c510722.pth)", metavar="FILE")
+    dino: str | None = option(None, "DINOv2 (dinov2_vitb14_pretrain.pth)", metavar="FILE")
+    clip: str | None = option(None, "CLIP (ViT-B-16.pt)", metavar="FILE")
 
     # Optimizer (Tab. 7)
     epochs: float = option(90, "passes over the data; --steps overrides it")
@@ -159,7 +221,8 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out if self.out is not None else f"runs/{self.preset}")
+        name = self.preset if self.phase == "joint" else f"{self.preset}-decoder"
+        return Path(self.out if self.out is not None else f"runs/{name}")
 
 
 # A preset lists what it changes; mimflow-l is the paper. `shapes` is for a laptop.
@@ -182,6 +245,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         nll_weight=0.01,
         nll_warmup=500,
         mask_warmup=900,
+        perceptual_weight=0.0,  # paper: 1.1; its network is a download, and so are the teachers
+        teachers=(),
+        aux_width=128,
         steps=3000,
         batch_size=16,
         lr=2e-3,
@@ -195,13 +261,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         sample_every=500,
     ),
     "mimflow-l": dict(num_classes=1000),
-    "starflow-l": dict(num_classes=1000, gated=False, scale="softplus", freeze_autoencoder=True),
+    # STARFlow's own form, trained on the latents of a finished autoencoder (--init): no pictures
+    # are decoded, so nothing judges them.
+    "starflow-l": dict(
+        num_classes=1000,
+        gated=False,
+        scale="softplus",
+        freeze_autoencoder=True,
+        perceptual_weight=0.0,
+        teachers=(),
+    ),
+}
+
+# What --phase decoder changes in a preset (Tab. 7, right column).
+DECODER_PHASE: dict[str, dict[str, Any]] = {
+    "shapes": dict(steps=1500, mask_warmup=0, lr=5e-4),
+    "mimflow-l": dict(epochs=2),
+    "starflow-l": dict(epochs=2),
 }
 
 # Fields that may change when a run is continued; any other difference makes it another run. (With a
 # learning rate that decays, more --steps continue it on another schedule; exact needs equal steps.)
 MAY_CHANGE = {
-    "data", "num_workers", "epochs", "steps", "grad_accum", "guidance", "out",
+    "data", "num_workers", "skip_bad_images", "vgg", "convnext", "dino", "clip",
+    "epochs", "steps", "grad_accum", "guidance", "out",
     "save_every", "log_every", "sample_every", "device", "compile",
 }  # fmt: skip
 
@@ -215,12 +298,14 @@ def check_config(config: Config) -> None:
     positive = "image_size patch_size width depth heads num_latents latent_dim flow_width"
     positive += (
         " flow_head_dim batch_size grad_accum save_every log_every sample_every lr grad_clip"
+        " aux_width"
     )
     for name in positive.split():
         if not getattr(c, name) > 0:
             fail(f"{flag(name)} must be positive, got {getattr(c, name)}", 2)
     not_negative = "num_workers nll_warmup mask_warmup lr_warmup weight_decay sigma nll_weight"
-    for name in (not_negative + " guidance seed").split():
+    not_negative += " guidance seed mim_weight perceptual_weight teacher_weight gan_weight"
+    for name in not_negative.split():
         if getattr(c, name) < 0:
             fail(f"{flag(name)} must not be negative, got {getattr(c, name)}", 2)
     for name in ("drop_path", "label_drop", "lr_decay", "ema", "beta1", "beta2"):
@@ -249,6 +334,18 @@ def check_config(config: Config) -> None:
         fail(f"--flow-depths must be positive, got {c.flow_depths}", 2)
     if c.num_classes is not None and c.num_classes < 0:
         fail(f"--num-classes must not be negative, got {c.num_classes}", 2)
+    for name in c.teachers:
+        if name not in TEACHERS or c.teachers.count(name) > 1:
+            fail(f"--teachers {name}: choose each of {', '.join(TEACHERS)} once at most", 2)
+    if c.phase == "decoder" and c.freeze_autoencoder:
+        fail("--phase decoder trains what --freeze-autoencoder freezes: choose one", 2)
+    if c.init is None and (c.phase == "decoder" or c.freeze_autoencoder):
+        what = "phase 2" if c.phase == "decoder" else "a frozen autoencoder"
+        fail(f"{what} begins with a trained one: add --init CKPT (the model.pt of phase 1)", 2)
+    if c.perceptual_weight and c.image_size < MIN_PERCEPTUAL_SIDE:
+        fail(f"LPIPS needs pictures of {MIN_PERCEPTUAL_SIDE} pixels: add --perceptual-weight 0", 2)
+    if c.phase == "decoder" and c.gan_weight and c.image_size < PatchDiscriminator.MIN_SIDE:
+        fail(f"the discriminator needs {PatchDiscriminator.MIN_SIDE} pixels: --gan-weight 0", 2)
     if (c.steps is not None and c.steps < 1) or c.epochs <= 0:
         fail("--steps and --epochs must be positive", 2)
     parts = world_size() * c.grad_accum
@@ -396,6 +493,15 @@ def adm_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
+def read_picture(path: Path) -> Image.Image:
+    """RGB from a picture file of any kind. Transparency is ignored, and so is a camera's note that
+    the picture should be turned, as in ADM."""
+    with Image.open(path) as picture:
+        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        return picture.convert("RGB")
+
+
 class FolderDataset(Dataset):
     """Pictures of a folder: CLASS folders (labels 0, 1, ... by sorted name), or flat (label -1).
 
@@ -442,9 +548,10 @@ class FolderDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         path = self.root / os.fsdecode(self.paths[index])
         try:
-            picture = adm_crop(default_loader(str(path)), self.image_size)
+            picture = adm_crop(read_picture(path), self.image_size)
         except Exception as error:  # whatever a decoder raises, the user needs the path
-            raise BrokenImage(f"cannot read {path} ({error}): see --check-data") from None
+            hint = "--check-data lists all such files, --skip-bad-images goes on without them"
+            raise BrokenImage(f"cannot read {path} ({error}): {hint}") from None
         if epoch is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             picture = hflip(picture)
         return to_tensor(picture), int(self.labels[index])
@@ -490,9 +597,54 @@ def check_data(config: Config) -> None:
             dataset[index]
         except BrokenImage as error:
             broken += 1
-            print(str(error).removesuffix(": see --check-data"))
+            print(str(error).rpartition(": ")[0])
     print(f"{len(dataset)} pictures, {len(dataset.class_names)} classes, {broken} broken")
     raise SystemExit(1 if broken else 0)
+
+
+class TrainingPictures(Dataset):
+    """What the training loop reads: (image, label, -1), or with `skip_bad` in place of a picture
+    that cannot be read its next readable neighbour's image and label, and the index of the bad
+    one."""
+
+    def __init__(self, dataset: ShapesDataset | FolderDataset, skip_bad: bool):
+        self.dataset, self.skip_bad = dataset, skip_bad
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = key
+        for neighbour in range(index, index + 10):
+            try:
+                image, label = self.dataset[epoch, neighbour % len(self.dataset)]
+                return image, label, -1 if neighbour == index else index
+            except BrokenImage as error:
+                if not self.skip_bad:
+                    raise
+                reason = error
+        raise reason
+
+
+class BrokenImages:
+    """The pictures skipped so far: each is named once, and too many stop the run."""
+
+    def __init__(self, dataset: ShapesDataset | FolderDataset):
+        self.dataset, self.indices = dataset, set()
+
+    def add(self, indices: Tensor) -> None:
+        """Note the bad ones among `indices` (share,), which TrainingPictures gives."""
+        for index in set(indices[indices >= 0].tolist()) - self.indices:
+            self.indices.add(index)
+            path = self.dataset.root / os.fsdecode(self.dataset.paths[index])
+            tqdm.write(f"skipped {path}: it cannot be read ({len(self.indices)} so far)")
+        self.check(len(self.indices))
+
+    def check(self, count: int) -> None:
+        """End the run if `count` broken pictures are too many."""
+        if count > MAX_BROKEN_SHARE * len(self.dataset):
+            fail(
+                f"{count} of {len(self.dataset)} pictures cannot be read, more than "
+                f"{MAX_BROKEN_SHARE:.1%}: --check-data lists all; repair or remove them",
+                every_rank=True,
+            )
 
 
 class StepSampler(Sampler):
@@ -571,7 +723,7 @@ def derived_seed(*parts: int) -> int:
 
 
 class MIMFlow(nn.Module):
-    """Encoder, flow and decoder as one module; its forward is the figure of the method (Fig. 2)."""
+    """Encoder, flow and decoder: what a checkpoint holds, and all that sampling needs."""
 
     def __init__(self, config: Config, class_names: tuple[str, ...] = ()):
         super().__init__()
@@ -591,40 +743,17 @@ class MIMFlow(nn.Module):
             scale=c.scale,
         )
         self.decoder = Decoder(**vit, drop_path=c.drop_path)
-        if c.freeze_autoencoder:
+        if c.freeze_autoencoder or c.phase == "decoder":
             self.encoder.requires_grad_(False)
+        if c.freeze_autoencoder:
             self.decoder.requires_grad_(False)
+        if c.phase == "decoder":
+            self.flow.requires_grad_(False)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pass of phase 1: images (B, 3, H, W) in [-1, 1], labels (B,) -> L_joint (Eq. 6),
-        scalar, and what log.jsonl holds, scalars and one (number of blocks,) tensor, without
-        gradient."""
-        mu = self.encoder(images, draws.mask)  # (B, K, d)
-        z = mu + self.config.sigma * draws.noise  # Eq. 1
-        labels = torch.where(draws.drop_label, -1, labels)
-        outputs, logdet = self.flow.intermediates(z, labels)  # u is the last output
-        nll_square, nll_logdet = flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
-        if self.config.freeze_autoencoder:
-            pixel = torch.zeros_like(nll_square)  # the baseline's decoder has nothing to learn
-        else:
-            pixel = pixel_loss(images, self.decoder(z, draws.branch_scales))  # Eq. 5, (B,)
-        loss = joint_loss(pixel, nll_square + nll_logdet, nll_weight).mean()  # Eq. 6
-
-        with torch.no_grad():
-            logs = {
-                "loss": loss,
-                "mse": pixel.mean(),
-                "nll": (nll_square + nll_logdet).mean(),
-                "nll_square": nll_square.mean(),
-                "nll_logdet": nll_logdet.mean(),
-                # Per-block mean square: 1 at the end is a flow that reaches the unit Gaussian.
-                "block_mean_square": torch.stack([x.square().mean() for x in outputs]),
-                # Near 0 the latent has collapsed: the flow is content and the picture is lost.
-                "mu_std": mu.std(dim=0, correction=0).mean(),
-            }
-        return loss, {name: value.detach() for name, value in logs.items()}
+    def latents(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """mu and z = mu + sigma * noise (Eq. 1), (B, K, d) each, of masked images (B, 3, H, W)."""
+        mu = self.encoder(images, draws.mask)
+        return mu, mu + self.config.sigma * draws.noise
 
     @torch.no_grad()
     def sample(
@@ -651,6 +780,137 @@ class MIMFlow(nn.Module):
             z = z.detach().requires_grad_()
             (score,) = torch.autograd.grad(self.flow.log_prob(z, labels).sum(), z)
         return (z + self.config.sigma**2 * score).detach()
+
+
+# --------------------------------------------------------------------------------------------------
+# The objectives of the two phases
+
+
+class Critics(NamedTuple):
+    """The frozen networks that judge: a plain tuple, so that they are in no optimizer, no
+    checkpoint and no call of train()."""
+
+    perceptual: Perceptual | None  # LPIPS of Eq. 5
+    teachers: dict[str, nn.Module]  # f_t of Eq. 7
+
+
+def load_critics(config: Config, device: torch.device) -> Critics:
+    """The frozen networks that this run's losses need. Raises losses.WeightsMissing."""
+    c, perceptual, teachers = config, None, {}
+    if c.perceptual_weight and not c.freeze_autoencoder:
+        convnext = find_weights("convnext", c.convnext) if c.convnext_mix else None
+        perceptual = Perceptual(find_weights("vgg", c.vgg), convnext).to(device)
+    if c.phase == "joint" and not c.freeze_autoencoder:
+        for name in c.teachers:
+            weights = None if name == "hog" else find_weights(name, getattr(c, name))
+            teachers[name] = make_teacher(name, weights, c.grid).to(device)
+    return Critics(perceptual, teachers)
+
+
+def judge_painting(
+    config: Config, critics: Critics, images: Tensor, painted: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_recon (Eq. 5) of both phases, (B,), and its terms for the log."""
+    recon = pixel_loss(images, painted)
+    logs = {"mse": recon}
+    if config.mim_weight != 1:
+        recon = pixel_loss(images, painted, mask, config.mim_weight)  # App. C.2
+    if critics.perceptual is not None:
+        logs["lpips"] = critics.perceptual(images, painted)
+        recon = reconstruction_loss(recon, logs["lpips"], config.perceptual_weight)
+    return recon, logs
+
+
+class JointTraining(nn.Module):
+    """Phase 1: the model, the auxiliary decoders, and Eq. 4 to 7 as one forward pass (Fig. 2)."""
+
+    def __init__(self, model: MIMFlow, critics: Critics):
+        super().__init__()
+        c = model.config
+        self.model, self.critics = model, critics
+        self.auxiliary = nn.ModuleDict()
+        for name, teacher in critics.teachers.items():
+            self.auxiliary[name] = AuxiliaryDecoder(
+                c.grid**2, c.num_latents, c.latent_dim, c.aux_width, teacher.width
+            )
+
+    def forward(
+        self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """images (B, 3, H, W) in [-1, 1], labels (B,) -> L_joint + L_aux, scalar; what log.jsonl
+        holds, scalars and one (number of blocks,) tensor; the painted images. Only the first has a
+        gradient."""
+        model, c = self.model, self.model.config
+        mu, z = model.latents(images, draws)  # Eq. 1, (B, K, d)
+        labels = torch.where(draws.drop_label, -1, labels)
+        outputs, logdet = model.flow.intermediates(z, labels)  # u is the last output
+        nll_square, nll_logdet = flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
+        nll = nll_square + nll_logdet
+        if c.freeze_autoencoder:  # the baseline's decoder has nothing to learn
+            painted, logs = None, {}
+            loss = nll_weight * nll
+        else:
+            painted = model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
+            recon, logs = judge_painting(c, self.critics, images, painted, draws.mask)
+            loss = joint_loss(recon, nll, nll_weight)  # Eq. 6
+        for name, teacher in self.critics.teachers.items():
+            predicted = self.auxiliary[name](z)  # (B, N, C_t)
+            logs[f"aux_{name}"] = auxiliary_loss(predicted, teacher(images), draws.mask)  # Eq. 7
+            loss = loss + c.teacher_weight * logs[f"aux_{name}"]
+
+        logs |= {"loss": loss, "nll": nll, "nll_square": nll_square, "nll_logdet": nll_logdet}
+        logs = {name: value.detach().mean() for name, value in logs.items()}
+        with torch.no_grad():
+            # Per-block mean square: 1 at the end is a flow that reaches the unit Gaussian.
+            logs["block_mean_square"] = torch.stack([x.square().mean() for x in outputs])
+            # Near 0 the latent has collapsed: the flow is content and the picture is lost.
+            logs["mu_std"] = mu.std(dim=0, correction=0).mean()
+        return loss.mean(), logs, None if painted is None else painted.detach()
+
+
+class DecoderTraining(nn.Module):
+    """Phase 2, the decoder's side: Eq. 8 on latents that come, as in phase 1, from MASKED images
+    with noise, so that the decoder goes on seeing what the flow has learned to produce."""
+
+    def __init__(self, model: MIMFlow, critics: Critics, discriminator: PatchDiscriminator | None):
+        super().__init__()
+        self.model, self.critics = model, critics
+        # In a tuple: its weights belong to the other player (DiscriminatorTraining), not to this.
+        self.opponent = (discriminator,)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """As JointTraining.forward, with L_ft (Eq. 8); labels and nll_weight play no part."""
+        c, (discriminator,) = self.model.config, self.opponent
+        with torch.no_grad():
+            _, z = self.model.latents(images, draws)  # (B, K, d)
+        painted = self.model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
+        loss, logs = judge_painting(c, self.critics, images, painted, draws.mask)
+        if discriminator is not None:
+            # Detached weights: this loss moves the painting, never its judge.
+            weights = {name: p.detach() for name, p in discriminator.named_parameters()}
+            logits = torch.func.functional_call(discriminator, weights, (painted,))
+            logs["gan"] = generator_loss(logits)
+            loss = finetune_loss(loss, logs["gan"], c.gan_weight)  # Eq. 8
+        logs["loss"] = loss
+        logs = {name: value.detach().mean() for name, value in logs.items()}
+        return loss.mean(), logs, painted.detach()
+
+
+class DiscriminatorTraining(nn.Module):
+    """Phase 2, the other side: the discriminator's hinge loss."""
+
+    def __init__(self, discriminator: PatchDiscriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, images: Tensor, painted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Real and painted images (B, 3, H, W), without gradient -> loss, scalar, and its logs."""
+        real, fake = self.discriminator(images), self.discriminator(painted)
+        loss = discriminator_loss(real, fake).mean()
+        logs = {"discriminator": loss, "logit_real": real.mean(), "logit_fake": fake.mean()}
+        return loss, {name: value.detach() for name, value in logs.items()}
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -686,6 +946,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restarts() -> int:
+    """How often torchrun has started this run again by itself (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def say(message: str) -> None:
     """Print on rank 0, above a progress bar if one is running."""
     if rank() == 0:
@@ -714,10 +979,14 @@ def select_device(name: str | None) -> torch.device:
 
 
 def start_processes(device: torch.device) -> None:
-    """Join the process group of torchrun, if there is one: nccl on CUDA, else gloo."""
+    """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
     if world_size() > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        # torchrun keeps one store over its restarts (--max-restarts). Under a name for each try,
+        # new processes do not meet the addresses of dead ones.
+        store, this, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"try{restarts()}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=this, world_size=count, timeout=TIMEOUT)
 
 
 def stop_processes() -> None:
@@ -735,25 +1004,122 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+class StopSignal:
+    """SIGTERM (a scheduler's wish) and SIGINT (Ctrl-C): noted when they come, obeyed by all
+    processes at the end of the same step."""
+
+    def __init__(self):
+        self.number = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number: int, frame: Any) -> None:
+        self.number = self.number or number
+
+    def agreed(self) -> int:
+        """The signal that some process has got, 0 for none. Every process must ask. A CPU tensor,
+        so that nothing waits for the GPU."""
+        number = torch.tensor(self.number)
+        if dist.is_initialized():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def restore(self) -> None:
+        """Back to the handlers from before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """For data workers: Ctrl-C reaches them too, but it is the main process that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def lock_folder(folder: Path) -> Any:
+    """Claim a run folder; keep what is returned. A second run in it ends with a clear line. The
+    system gives the lock back when this process ends, however it ends."""
+    stream = open(folder / ".lock", "w")
+    try:
+        # A lock of the process, not of the open file: data workers do not inherit it.
+        if fcntl is not None:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another run is at work in {folder}: wait for it, or use --out FOLDER")
+    except OSError as error:
+        say(f"note: {folder} cannot be locked ({error.strerror}): start no second run in it")
+    return stream
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain Python values only, read with weights_only=True
 #
-#   last.pt   format, step, config, class_names, model, ema, optimizer, skipped: to go on from
-#   model.pt  format, step, config, class_names, model (= the EMA weights): what one shares
+#   last.pt      format, step, config, class_names, model, ema, optimizer, skipped, and auxiliary
+#                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
+#   previous.pt  the last.pt before it, in case that one is damaged
+#   model.pt     format, step, config, class_names, model (= the EMA weights): what one shares
 
 
-def write_file(path: Path, write: Callable[[Any], Any]) -> None:
+def write_file(path: Path, write: Callable[[Any], Any], previous: Path | None = None) -> None:
     """Call `write(stream)` on a temporary file beside `path`, sync it, put it in place: path always
-    holds either the old content or the whole new one."""
+    holds either the old content or the whole new one. The old one moves to `previous`, if given."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save hides what stopped it, a full disk for instance, behind one of these.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; on a full disk, no part of one."""
+    with open(path, "a") as stream:
+        before = stream.tell()
+        try:
+            stream.write(line + "\n")
+            stream.flush()
+        except OSError:
+            os.truncate(path, before)
+            raise
+
+
+def attempt(what: str, work: Callable[[], None]) -> bool:
+    """Do `work`, which writes. A full disk is said and survived: whatever was there before still
+    is, and the next try may find room. Returns whether it was done."""
+    try:
+        work()
+        return True
+    except OSError as error:
+        say(f"WARNING: cannot write {what} ({error.strerror}): going on without it")
+        return False
+
+
+def intact(path: Path) -> bool:
+    """Whether a checkpoint is a complete file with no bit changed: torch.load alone does not look
+    at the checksums of the zip archive that a checkpoint is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive can raise nearly anything
+        return False
+
+
+def find_last(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: last.pt; previous.pt if that is missing or damaged; or None in
+    a folder without either."""
+    found = [path for path in (run_dir / "last.pt", run_dir / "previous.pt") if path.exists()]
+    sound = [path for path in found if intact(path)]
+    if found and not sound:
+        fail(f"{' and '.join(map(str, found))} damaged: --overwrite starts again")
+    if sound and sound[0] != found[0]:
+        say(f"WARNING: {found[0]} is damaged: going on from {sound[0]}")
+    return sound[0] if sound else None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -762,13 +1128,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         fail(f"{path} is a folder: name the checkpoint in it, {Path(path) / 'model.pt'}")
     if not Path(path).is_file():
         fail(f"checkpoint {path} does not exist")
+    if not intact(Path(path)):
+        fail(f"checkpoint {path} is damaged (incomplete, or its checksums are wrong)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # zipfile, pickle, EOF, key errors: all mean that this is no checkpoint
+    except pickle.UnpicklingError:
+        fail(
+            f"checkpoint {path} holds more than tensors and plain values: it is not read, because "
+            "it could run code"
+        )
+    except Exception as error:  # key, value, runtime errors: all mean that this is no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"checkpoint {path} is damaged or not a checkpoint ({reason[:100]})")
+        fail(f"checkpoint {path} is not one of train.py ({reason[:100]})")
     if not isinstance(checkpoint, dict) or not HEAD | {"model"} <= checkpoint.keys():
         fail(f"{path} is not a MIMFlow checkpoint (model.pt or last.pt of train.py)")
     if checkpoint["format"] > CHECKPOINT_FORMAT:
@@ -814,16 +1185,24 @@ def find_checkpoint(path: str | None) -> Path:
     return found[-1]
 
 
-def check_same_autoencoder(trained: Config, config: Config) -> None:
-    """Refuse --init from an autoencoder of another architecture, naming what differs."""
-    names = "image_size patch_size width depth heads num_latents latent_dim".split()
+def check_init(trained: Config, config: Config) -> None:
+    """Refuse --init from a model of another architecture, naming what differs. Phase 2 also needs
+    the same flow and the same latents (sigma, masks)."""
+    names = "image_size patch_size width depth heads num_latents latent_dim"
+    if config.phase == "decoder":
+        names += " flow_width flow_depths flow_head_dim num_classes gated scale sigma mask_ratio"
     differing = [
-        f"{flag(name)} {getattr(trained, name)}"
-        for name in names
+        f"{flag(name)} {shown(getattr(trained, name))}"
+        for name in names.split()
         if getattr(trained, name) != getattr(config, name)
     ]
     if differing:
-        fail(f"the autoencoder of --init has {', '.join(differing)}: add these flags", 2)
+        fail(f"the model of --init has {', '.join(differing)}: add these flags", 2)
+
+
+def shown(value: Any) -> str:
+    """A value as one types it on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_same_run(stored: Config, config: Config, run_dir: Path) -> None:
@@ -843,16 +1222,22 @@ def check_same_run(stored: Config, config: Config, run_dir: Path) -> None:
 
 def start_over(run_dir: Path) -> None:
     """Remove what an earlier run left in its folder, and nothing else."""
-    files = [run_dir / name for name in ("last.pt", "model.pt", "log.jsonl", "config.json")]
-    for path in [*files, *(run_dir / "samples").glob("step_*.png")]:
+    names = ("last.pt", "previous.pt", "model.pt", "log.jsonl", "config.json")
+    for path in [*(run_dir / name for name in names), *(run_dir / "samples").glob("step_*.png")]:
         path.unlink(missing_ok=True)
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of log.jsonl after `step`: those steps are about to be done again."""
+    """Drop the lines of log.jsonl after `step`: those steps are about to be done again. So goes a
+    line that a full disk or a kill cut short."""
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError):
+                continue
         write_file(path, lambda stream: stream.write("".join(kept).encode()))
 
 
@@ -894,8 +1279,34 @@ def save_png(images: Tensor, columns: int, path: Path) -> None:
     write_file(path, lambda stream: picture.save(stream, "png"))
 
 
+def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW (Tab. 7) over the weights of `module` that train, in one fused kernel."""
+    c = config
+    return torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=c.lr,
+        betas=(c.beta1, c.beta2),
+        eps=1e-8,
+        weight_decay=c.weight_decay,
+        fused=True,
+    )
+
+
+def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """`module` as the loop calls it: compiled if asked for, gradients averaged over processes."""
+    if config.compile:
+        module = torch.compile(module)
+    if world_size() > 1:
+        module = DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # constants, and statistics that are the same or local
+        )
+    return module
+
+
 def main(config: Config, overwrite: bool = False) -> None:
-    """Train phase 1 from the first step, or go on from last.pt, to config.steps."""
+    """Train the phase of `config` from the first step, or go on from last.pt, to config.steps."""
     # Set-up: device, data, processes. All that can be wrong is checked before anything is written.
     check_config(config)
     device = select_device(config.device)
@@ -903,16 +1314,19 @@ def main(config: Config, overwrite: bool = False) -> None:
     config = resolve(config, dataset)
     c, run_dir = config, config.run_dir
     last, log_path = run_dir / "last.pt", run_dir / "log.jsonl"
-    checkpoint = None
-    if (run_dir / "model.pt").exists() and not last.exists() and not overwrite:
-        fail(
-            f"{run_dir} holds a model.pt but no last.pt to go on from: use --out FOLDER for a new "
-            "run or --overwrite to replace it",
-            2,
-        )
-    if last.exists() and not overwrite:
-        checkpoint = read_checkpoint(last)
-        check_same_run(config_from_dict(checkpoint["config"], last), config, run_dir)
+    checkpoint, found = None, None
+    overwrite = overwrite and restarts() == 0  # what torchrun starts again is this very run
+    if not overwrite:
+        found = find_last(run_dir)
+        if found is None and (run_dir / "model.pt").exists():
+            fail(
+                f"{run_dir} holds a model.pt but no last.pt to go on from: use --out FOLDER for a "
+                "new run or --overwrite to replace it",
+                2,
+            )
+    if found is not None:
+        checkpoint = read_checkpoint(found)
+        check_same_run(config_from_dict(checkpoint["config"], found), config, run_dir)
         if tuple(checkpoint["class_names"]) != dataset.class_names:
             fail(
                 f"{run_dir} was trained on other classes than those of --data: "
@@ -925,60 +1339,77 @@ def main(config: Config, overwrite: bool = False) -> None:
             )
             return
     trained = None
-    if c.freeze_autoencoder and c.init is None:
-        fail("a frozen autoencoder comes from a trained one: add --init CKPT (a model.pt)", 2)
     if c.init is not None and checkpoint is None:
         trained = load_checkpoint(c.init)
-        check_same_autoencoder(trained.config, config)
+        check_init(trained.config, config)
+    critics = load_critics(config, device)
     start_processes(device)
+    lock = None
     if rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(run_dir)
         except OSError as error:
-            fail(f"cannot make the run folder {run_dir} ({error.strerror}): choose another --out")
+            fail(
+                f"cannot write to the run folder {run_dir} ({error.strerror}): choose another --out"
+            )
 
-    # Model, its moving average, optimizer. Weights have the default dtype: float32, in tests 64.
+    # Model, its moving average, objectives. Weights have the default dtype: float32, in tests 64.
     torch.manual_seed(c.seed)
     dtype = torch.get_default_dtype()
     model = MIMFlow(config, dataset.class_names).to(device)
     if trained is not None:
         model.encoder.load_state_dict(trained.encoder.state_dict())
         model.decoder.load_state_dict(trained.decoder.state_dict())
+        if c.phase == "decoder":
+            model.flow.load_state_dict(trained.flow.state_dict())
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=c.lr,
-        betas=(c.beta1, c.beta2),
-        eps=1e-8,
-        weight_decay=c.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
+    discriminator = None
+    if c.phase == "joint":
+        training = JointTraining(model, critics).to(device)
+    else:
+        if c.gan_weight:
+            discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+            if device.type == "cuda" and world_size() > 1:
+                discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        training = DecoderTraining(model, critics, discriminator)
+
+    # One player, or in phase 2 two: each with its own optimizer.
+    players = (
+        [training] if discriminator is None else [training, DiscriminatorTraining(discriminator)]
     )
-    start, skipped = 0, 0
+    optimizers = [make_optimizer(player, config) for player in players]
+    saved = {"model": model, "ema": ema, "optimizer": optimizers[0]}
+    if c.phase == "joint":
+        saved["auxiliary"] = training.auxiliary
+    elif discriminator is not None:
+        saved |= {"discriminator": discriminator, "discriminator_optimizer": optimizers[1]}
+    start = 0
+    skipped = torch.zeros((), device=device)  # steps whose gradient was not finite, ...
+    in_a_row = torch.zeros((), device=device)  # ... and the latest of them without a pause
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, skipped = checkpoint["step"], checkpoint["skipped"]
+        for name, part in saved.items():
+            part.load_state_dict(checkpoint[name])
+        start = checkpoint["step"]
+        skipped += checkpoint["skipped"]
         say(f"continuing {run_dir} after step {start}")
-        del checkpoint
-    step_model = torch.compile(model) if c.compile else model
-    if world_size() > 1:
-        step_model = DistributedDataParallel(
-            step_model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # the only buffers are constant coordinates
-        )
+    del checkpoint, trained
+    steppers = [distribute(player, config, device) for player in players]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-    # Data: this process's rows of every global batch; the loader has a generator of its own.
+    # Data: this process's rows of every global batch; the loader has a generator of its own. It is
+    # one long pass over all steps, so its workers live as long as the run.
     share = c.batch_size // world_size()
     rows = range(rank() * share, (rank() + 1) * share)
+    with_workers = dict(prefetch_factor=4, timeout=TIMEOUT.total_seconds()) if c.num_workers else {}
     loader = DataLoader(
-        dataset,
+        TrainingPictures(dataset, c.skip_bad_images),
         batch_sampler=StepSampler(len(dataset), c.batch_size, rows, start, c.steps, c.seed),
         num_workers=c.num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=ignore_interrupt,
+        **with_workers,
     )
     say(
         f"{run_dir}: {len(dataset)} pictures, {c.num_classes} classes; "
@@ -1001,34 +1432,43 @@ def main(config: Config, overwrite: bool = False) -> None:
     noise_shown = sample_noise(c.seed, range(len(labels_shown)), c.num_latents, c.latent_dim)
 
     def save(step: int) -> None:
-        """Write last.pt and model.pt on rank 0."""
-        if rank() != 0:
-            return
+        """Write last.pt and model.pt."""
         head = dict(format=CHECKPOINT_FORMAT, step=step, config=asdict(config))
         head["class_names"] = list(dataset.class_names)
-        full = dict(
-            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()
-        )
-        write_file(last, lambda stream: torch.save({**head, **full, "skipped": skipped}, stream))
-        shared = {**head, "model": ema.state_dict()}
+        full = {name: part.state_dict() for name, part in saved.items()}
+        full = {**head, **full, "skipped": int(skipped)}
+        write_file(last, lambda stream: torch.save(full, stream), run_dir / "previous.pt")
+        shared = {**head, "model": full["ema"]}
         write_file(run_dir / "model.pt", lambda stream: torch.save(shared, stream))
 
     def draw_samples(step: int) -> None:
-        """Write a grid of EMA samples on rank 0."""
-        if rank() == 0:
-            images = ema.sample(noise_shown.to(device), labels_shown.to(device), c.guidance)
-            save_png(images, 8, run_dir / "samples" / f"step_{step:07d}.png")
+        """Write a grid of EMA samples."""
+        images = ema.sample(noise_shown.to(device), labels_shown.to(device), c.guidance)
+        save_png(images, 8, run_dir / "samples" / f"step_{step:07d}.png")
 
-    in_a_row, logged, since = 0, start, time.perf_counter()
+    def log(step: int, line: dict[str, Any]) -> None:
+        """Add a line to log.jsonl, and show its most telling numbers."""
+        append_line(log_path, json.dumps(line))
+        keys = ("loss", "mse", "lpips", "nll", "mu_std", "gan", "discriminator")
+        text = "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line)
+        bar.set_postfix_str(text)
+        if not terminal:
+            say(f"step {step}/{c.steps}  {text}  {line['ms_per_step']:.0f} ms")
+
+    logged, since, complete = start, time.perf_counter(), True
+    # Counts are read from the device with the log. On a CPU reading costs nothing: every step.
+    check_every = 1 if device.type == "cpu" else c.log_every
+    broken, counted, stop = BrokenImages(dataset), int(skipped), StopSignal()
     terminal = sys.stderr.isatty() and rank() == 0
     bar = tqdm(total=c.steps, initial=start, desc="training", disable=not terminal)
-    for step, (images, labels) in enumerate(loader, start=start):
+    for step, (images, labels, bad) in enumerate(loader, start=start):
         # Learning rate and loss weight of this step.
         done = step + 1
         lr = learning_rate(config, step)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         nll_weight = c.nll_weight * ramp(step, c.nll_warmup)
+        broken.add(bad)
 
         # Gradient of the mean over the global batch: parts of a process first, then DDP.
         images = images.to(device, dtype, non_blocking=True)  # (share, 3, H, W)
@@ -1039,64 +1479,80 @@ def main(config: Config, overwrite: bool = False) -> None:
         part = share // c.grad_accum
         logs: list[dict[str, Tensor]] = []
         for first in range(0, share, part):
-            is_last = first + part == share
-            if world_size() > 1:
-                step_model.require_backward_grad_sync = is_last
+            for stepper in steppers if world_size() > 1 else []:
+                stepper.require_backward_grad_sync = first + part == share
             part_draws = draws.rows(rows.start + first, rows.start + first + part)
             here = slice(first, first + part)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, part_logs = step_model(images[here], labels[here], part_draws, nll_weight)
+                loss, part_logs, painted = steppers[0](
+                    images[here], labels[here], part_draws, nll_weight
+                )
             (loss / c.grad_accum).backward()
+            if discriminator is not None:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss, more_logs = steppers[1](images[here], painted)
+                (loss / c.grad_accum).backward()
+                part_logs |= more_logs
             logs.append(part_logs)
 
-        # Update, unless the gradient is not finite: then no weight moves; ten in a row end the run.
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
-        if torch.isfinite(grad_norm):
+        # Update. If a gradient is not finite no weight moves (found_inf, as torch's GradScaler
+        # does it: the decision stays on the device); ten such steps in a row end the run.
+        norms = [nn.utils.clip_grad_norm_(player.parameters(), c.grad_clip) for player in players]
+        not_finite = 1 - torch.stack(norms).isfinite().all().float()
+        for optimizer in optimizers:
+            optimizer.found_inf = not_finite
             optimizer.step()
-            update_ema(ema, model, c.ema, step)
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            say(f"step {done}: gradient is not finite, step skipped ({skipped} so far)")
-            if in_a_row == MAX_SKIPPED_IN_A_ROW:
-                kept = (
-                    f"{last} keeps the last good state"
-                    if last.exists()
-                    else "nothing was saved yet"
-                )
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, c.ema, step)
+        skipped += not_finite
+        in_a_row = (in_a_row + 1) * not_finite
+        if (done % check_every == 0 or done == c.steps) and int(skipped) > counted:
+            counted = int(skipped)
+            say(f"step {done}: gradient is not finite, step skipped ({counted} so far)")
+            if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                good = f"{last} keeps the last good state" if last.exists() else "nothing was saved"
                 fail(
-                    f"{in_a_row} non-finite gradients in a row at step {done}: {kept}; "
+                    f"{int(in_a_row)} non-finite gradients in a row at step {done}: {good}; "
                     "try a lower --lr"
                 )
-        optimizer.zero_grad(set_to_none=True)
         bar.update()
 
-        # Log, draw, save.
+        # Log, draw, save; a signal saves too, and ends the run.
         if done % c.log_every == 0 or done == c.steps:
-            line = {"step": done, "lr": lr, "grad_norm": float(grad_norm), "skipped": skipped}
+            line = {"step": done, "lr": lr, "grad_norm": float(norms[0]), "skipped": int(skipped)}
             for name in logs[0]:
                 mean = mean_over_processes(torch.stack([part[name] for part in logs]).mean(dim=0))
                 line[name] = mean.tolist()
+            if c.skip_bad_images:  # each process has met its own
+                mean = mean_over_processes(torch.tensor(float(len(broken.indices)), device=device))
+                line["bad_images"] = round(float(mean) * world_size())
+                broken.check(line["bad_images"])
             now = time.perf_counter()
             line["ms_per_step"] = round(1000 * (now - since) / (done - logged), 1)
             since, logged = now, done
             if rank() == 0:
-                with open(log_path, "a") as stream:
-                    stream.write(json.dumps(line) + "\n")
-                keys = ("loss", "mse", "nll", "mu_std")
-                text = "  ".join(f"{key} {line[key]:.4f}" for key in keys)
-                bar.set_postfix_str(text)
-                if not terminal:
-                    say(f"step {done}/{c.steps}  {text}  {line['ms_per_step']:.0f} ms")
-        if done % c.sample_every == 0 or done == c.steps:
-            draw_samples(done)
-        if done == c.steps or (done % c.save_every == 0 and in_a_row == 0):
-            save(done)
+                attempt(str(log_path), lambda line=line, done=done: log(done, line))
+        if rank() == 0 and (done % c.sample_every == 0 or done == c.steps):
+            attempt("a grid of samples", lambda done=done: draw_samples(done))
+        stopped_by = stop.agreed()
+        due = done == c.steps or stopped_by or (done % c.save_every == 0 and in_a_row == 0)
+        if rank() == 0 and due:
+            complete = attempt("a checkpoint", lambda done=done: save(done))
+        if stopped_by:
+            break
 
-    # A clean end: the loader's workers and the DDP module go before the process group does.
+    # A clean end: the loader's workers and the DDP modules go before the process group does.
     bar.close()
-    del loader, step_model
+    del loader, steppers
     stop_processes()
+    stop.restore()
+    if lock is not None:
+        lock.close()
+    if not complete:
+        fail(f"the end of the run was not saved: make room, then the same command goes on ({last})")
+    if stopped_by:
+        name = signal.Signals(stopped_by).name
+        fail(f"{name}: saved at step {done}, the same command goes on", 128 + stopped_by)
     say(f"done: {run_dir / 'model.pt'}; pictures: python sample.py {run_dir / 'model.pt'}")
 
 
@@ -1122,12 +1578,13 @@ def dry_run(config: Config) -> None:
 
 # The first field of each group of flags in --help, in the order of Config.
 FLAG_GROUPS = {
+    "phase": "phase",
     "data": "data (App. A)",
     "patch_size": "masked encoder and decoder (Tab. 6)",
     "num_latents": "latent space (Tab. 6)",
     "flow_width": "normalizing flow (Tab. 6)",
-    "init": "baseline on a frozen autoencoder (Tab. 1)",
     "nll_weight": "losses (Tab. 7)",
+    "vgg": "weight files",
     "epochs": "optimizer (Tab. 7)",
     "guidance": "the run",
 }
@@ -1147,7 +1604,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """The Config of the flags (preset first, flags on top), and the flags that only act."""
     parser = Parser(
-        description="Train MIMFlow, phase 1 (Sec. 3.2.3). The same command continues a run.",
+        description="Train MIMFlow (Sec. 3.2.3 and 3.3). The same command continues a run.",
         epilog="In brackets: the paper's value (preset mimflow-l, Tab. 6 and 7); that of shapes.",
     )
     parser.add_argument(
@@ -1164,9 +1621,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
         settings = dict(f.metadata)
         paper = PRESETS["mimflow-l"].get(f.name, f.default)
         values = [paper, PRESETS["shapes"].get(f.name, f.default)]
-        shown = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
         if values[0] is not None or values[1] is not None:
-            settings["help"] += f" [{shown[0]}; {shown[1]}]"
+            settings["help"] += " [{}; {}]".format(*(shown(v) or "none" for v in values))
         # The type of one value: of "int | None" and of "tuple[int, ...]" that is int.
         kind = (get_args(f.type) or (f.type,))[0]
         if kind is bool:
@@ -1183,7 +1639,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
         parser.error(f"unknown preset {flags.preset}: choose from {', '.join(PRESETS)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
     actions = {k: given.pop(k) for k in ("overwrite", "dry_run", "check_data")}
-    return Config(**{**PRESETS[flags.preset], **given}), argparse.Namespace(**actions)
+    phase = DECODER_PHASE[flags.preset] if given.get("phase") == "decoder" else {}
+    return Config(**{**PRESETS[flags.preset], **phase, **given}), argparse.Namespace(**actions)
 
 
 def command_line() -> None:
@@ -1203,12 +1660,19 @@ def run_program(work: Callable[[], None]) -> None:
         work()
     except BrokenImage as error:  # from a worker process it comes wrapped in the worker's traceback
         fail(str(error).strip().split("BrokenImage: ")[-1], every_rank=True)
+    except WeightsMissing as error:
+        fail(str(error), every_rank=True)
     except torch.cuda.OutOfMemoryError:
         fail(
             "GPU memory is full: a smaller --batch-size, or in training more --grad-accum", 1, True
         )
     except OSError as error:
         fail(f"reading or writing failed: {error}", every_rank=True)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        fail(f"a data worker ended ({reason}): try fewer --num-workers, or 0", every_rank=True)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on (train.py: without --overwrite)", 130)
 

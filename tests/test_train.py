@@ -211,7 +211,8 @@ def test_forward_is_the_sum_of_the_named_terms(tiny):
     images, labels = batch_of(tiny, 8)
     draws = train.draw_randomness(tiny, 0, torch.device("cpu"))
     draws = draws._replace(noise=draws.noise.double(), branch_scales=draws.branch_scales.double())
-    loss, logs = model(images.double(), labels, draws, 0.3)
+    training = train.JointTraining(model, train.Critics(None, {}))
+    loss, logs, painted = training(images.double(), labels, draws, 0.3)
     z = model.encoder(images.double(), draws.mask) + 0.3 * draws.noise
     used = torch.where(draws.drop_label, -1, labels)
     nll = -model.flow.log_prob(z, used).mean() / 16 - 0.5 * np.log(2 * np.pi)
@@ -264,13 +265,13 @@ def test_ema_arithmetic():
 
 def test_one_batch_overfits(tiny):
     config = replace(tiny, width=32, num_latents=8, drop_path=0.0, lr=3e-3)
-    model = train.MIMFlow(config)
+    training = train.JointTraining(train.MIMFlow(config), train.Critics(None, {}))
     images, labels = batch_of(config, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
     draws = train.draw_randomness(config, 0, torch.device("cpu"))
     losses = []
     for _ in range(250):
-        loss, logs = model(images, labels, draws, 0.01)
+        loss, logs, _ = training(images, labels, draws, 0.01)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -314,7 +315,8 @@ def test_a_run_writes_what_it_promises(tiny, capsys):
     train.main(tiny)
     run = tiny.run_dir
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.json", "log.jsonl", "samples", "last.pt", "model.pt"}
+    checkpoints = {"last.pt", "previous.pt", "model.pt"}
+    assert names == {".lock", "config.json", "log.jsonl", "samples"} | checkpoints
     assert [p.name for p in (run / "samples").iterdir()] == ["step_0000008.png"]
     lines = read_log(run)
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
@@ -384,8 +386,8 @@ def test_two_processes_equal_one_and_may_take_over(tiny_flags, tmp_path):
         assert done.stdout.count(f"step {steps}/{steps}") == 1  # only rank 0 speaks
 
     run(1, "one", 6)
-    run(2, "two", 4)
-    run(1, "two", 6)  # two processes handed over to one
+    for processes, steps in ((1, 2), (2, 4), (1, 6)):  # one hands over to two, and they to one
+        run(processes, "two", steps)
     one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two"))
     for weights in ("model", "ema"):
         assert max((one[weights][k] - two[weights][k]).abs().max() for k in one[weights]) < 1e-9
@@ -446,6 +448,7 @@ def test_a_shared_model_is_not_replaced_and_overwrite_deletes_nothing_in_vain(ti
             train.main(replace(tiny, **wrong), overwrite=True)
     assert (tiny.run_dir / "last.pt").exists()
     (tiny.run_dir / "last.pt").unlink()
+    (tiny.run_dir / "previous.pt").unlink()
     content = (tiny.run_dir / "model.pt").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         train.main(tiny)
@@ -511,6 +514,167 @@ def test_training_on_a_folder(tiny, tmp_path, layout):
     assert model.class_names == (() if layout == "flat" else ("cat", "dog", "owl"))
 
 
+# ------------------------------------------------------------- Teachers, perceptual loss, phase 2
+
+
+CPU = torch.device("cpu")
+
+
+def test_teachers_add_eq_7_and_learn_nothing_themselves(tiny):
+    config = replace(tiny, teachers=("hog",), aux_width=8, teacher_weight=0.5, mim_weight=5.0)
+    critics = train.load_critics(config, CPU)
+    training = randomize(train.JointTraining(train.MIMFlow(config), critics)).eval()
+    images, labels = batch_of(config, 4)
+    draws = train.draw_randomness(config, 0, CPU).rows(0, 4)
+    loss, logs, painted = training(images, labels, draws, 0.3)
+
+    z = training.model.encoder(images, draws.mask) + config.sigma * draws.noise
+    predicted, target = training.auxiliary["hog"](z), critics.teachers["hog"](images)
+    cosine = torch.nn.functional.cosine_similarity(predicted, target, dim=-1)
+    masked = torch.stack([-cosine[i][draws.mask[i]].mean() for i in range(4)]).mean()
+    torch.testing.assert_close(logs["aux_hog"], masked)
+    pixel_weight = 1 + 4 * draws.mask.view(4, 1, 4, 1, 4, 1)  # 4 x 4 patches of 4 x 4 pixels
+    square = (painted - images).square().view(4, 3, 4, 4, 4, 4)
+    recon = (square * pixel_weight).mean()
+    torch.testing.assert_close(loss, recon + 0.3 * logs["nll"] + 0.5 * masked)
+    torch.testing.assert_close(logs["mse"], square.mean())  # without the weight
+
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in training.auxiliary.parameters())
+    held = {
+        id(p)
+        for group in train.make_optimizer(training, config).param_groups
+        for p in group["params"]
+    }
+    assert held == {id(p) for p in training.parameters()}
+    assert "hog" not in " ".join(training.model.state_dict())
+
+
+def test_lpips_is_part_of_the_loss_and_of_no_optimizer(tiny):
+    config = replace(tiny, perceptual_weight=1.1, vgg="random")
+    critics = train.load_critics(config, CPU)
+    training = randomize(train.JointTraining(train.MIMFlow(config), critics)).train()
+    images, labels = batch_of(config, 2)
+    draws = train.draw_randomness(config, 0, CPU).rows(0, 2)
+    loss, logs, painted = training(images, labels, draws, 0.0)
+    torch.testing.assert_close(logs["lpips"], critics.perceptual(images, painted).mean())
+    torch.testing.assert_close(loss, logs["mse"] + 1.1 * logs["lpips"])
+    own = {id(p) for p in critics.perceptual.parameters()}
+    held = {
+        id(p)
+        for group in train.make_optimizer(training, config).param_groups
+        for p in group["params"]
+    }
+    assert not own & held and not any(m.training for m in critics.perceptual.modules())
+    # The baseline paints nothing, and sampling needs no judge: neither looks for weight files.
+    missing = replace(config, vgg="/nowhere", teachers=("dino",), freeze_autoencoder=True)
+    assert train.load_critics(missing, CPU) == train.Critics(None, {})
+
+
+@pytest.fixture
+def phase_two(tiny, tmp_path) -> train.Config:
+    """A tiny phase 2 whose phase 1 is done; pictures of 24 pixels, the discriminator's smallest."""
+    first = replace(tiny, image_size=24, steps=2, sample_every=100)
+    train.main(first)
+    init = str(first.run_dir / "model.pt")
+    second = replace(first, phase="decoder", init=init, steps=8, lr=1e-3, lr_decay=0.0)
+    return replace(second, out=str(tmp_path / "two"))
+
+
+def test_decoder_and_discriminator_leave_each_other_alone(phase_two):
+    model, judge = train.MIMFlow(phase_two), train.PatchDiscriminator()
+    images, labels = batch_of(phase_two, 4)
+    draws = train.draw_randomness(phase_two, 0, CPU).rows(0, 4)
+    before = {name: value.clone() for name, value in judge.state_dict().items()}
+    loss, logs, painted = train.DecoderTraining(randomize(model), train.Critics(None, {}), judge)(
+        images, labels, draws, 0.0
+    )
+    loss.backward()
+    torch.testing.assert_close(loss, logs["mse"] + 0.05 * logs["gan"])  # Eq. 8
+    torch.testing.assert_close(logs["gan"], -judge(painted).mean())
+    assert all(p.grad is None for p in judge.parameters())
+    assert_same(before, dict(judge.state_dict()))  # nor any statistics of BatchNorm
+    assert all(p.grad is not None for p in model.decoder.parameters())
+    assert all(p.grad is None for part in (model.encoder, model.flow) for p in part.parameters())
+
+    gradients = [p.grad.clone() for p in model.decoder.parameters()]
+    train.DiscriminatorTraining(judge)(images, painted)[0].backward()
+    assert all(p.grad is not None for p in judge.parameters())
+    assert_same(gradients, [p.grad for p in model.decoder.parameters()])
+
+
+def test_phase_two_moves_the_decoder_only_and_resumes_to_the_bit(phase_two, tmp_path):
+    train.main(phase_two)
+    before, after = (
+        train.load_checkpoint(p) for p in (phase_two.init, phase_two.run_dir / "model.pt")
+    )
+    for part in ("encoder", "flow"):
+        assert_same(*(dict(getattr(m, part).state_dict()) for m in (before, after)))
+    moved = zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
+
+    stopped = replace(phase_two, out=str(tmp_path / "stopped"))
+    train.main(replace(stopped, steps=3))
+    os.unlink(phase_two.init)  # to go on, phase 1 is not needed any more
+    train.main(stopped)
+    whole, parts = (
+        torch.load(run / "last.pt", weights_only=True)
+        for run in (phase_two.run_dir, stopped.run_dir)
+    )
+    for key in ("model", "ema", "optimizer", "discriminator", "discriminator_optimizer"):
+        assert_same(whole[key], parts[key])
+
+
+def test_phase_two_without_a_discriminator(phase_two):
+    train.main(replace(phase_two, gan_weight=0.0, steps=2))
+    saved = torch.load(phase_two.run_dir / "last.pt", weights_only=True)
+    assert "discriminator" not in saved and "gan" not in read_log(phase_two.run_dir)[-1]
+
+
+def test_phase_two_refuses_another_model_and_names_the_flags(phase_two, capsys):
+    wrong = {
+        "--init": dict(init=None),
+        "--flow-width 16": dict(flow_width=32),
+        "--sigma 0.3": dict(sigma=0.5),
+        "--mask-ratio 0.4 0.6": dict(mask_ratio=(0.0, 0.0)),
+        "choose one": dict(freeze_autoencoder=True),
+    }
+    for message, change in wrong.items():
+        with pytest.raises(SystemExit) as stopped:
+            train.main(replace(phase_two, **change))
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not phase_two.run_dir.exists()
+
+
+def test_phase_decides_folder_and_length():
+    config, _ = train.parse_arguments(
+        ["--preset", "mimflow-l", "--phase", "decoder", "--init", "x"]
+    )
+    assert (str(config.run_dir), config.epochs) == ("runs/mimflow-l-decoder", 2)
+    assert config.teachers == ("dino", "clip") and config.perceptual_weight == 1.1  # Tab. 7
+    config, _ = train.parse_arguments(["--phase", "decoder", "--steps", "7", "--teachers"])
+    assert config.steps == 7 and config.mask_warmup == 0 and config.teachers == ()
+
+
+def test_both_phases_on_two_processes(run_script, tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--image-size", 24, "--grad-accum", 2]
+    first = [*flags, "--teachers", "hog", "--aux-width", 8, "--out", tmp_path / "one"]
+    second = [*flags, "--phase", "decoder", "--init", tmp_path / "one" / "model.pt"]
+    second += ["--out", tmp_path / "two"]
+    for command, said in ((first, "aux_hog"), (second, "discriminator")):
+        for steps in (2, 4):  # the second time it continues
+            done = run_script("train.py", *command, "--steps", steps, processes=2)
+            assert done.returncode == 0 and f"step {steps}/{steps}" in done.stdout, done.stderr
+        assert "continuing" in done.stdout and said in read_log(command[-1])[-1]
+
+
+def test_a_missing_weight_file_is_one_line(run_script, tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--out", tmp_path / "run"]
+    done = run_script("train.py", *flags, "--teachers", "dino", "--dino", "no.pth")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "no.pth" in done.stderr and "dinov2_vitb14_pretrain.pth" in done.stderr
+
+
 # ---------------------------------------------------------------------- Files, and what goes wrong
 
 
@@ -568,7 +732,7 @@ def test_a_checkpoint_is_never_code(tmp_path, capsys):
     torch.save({"format": 1, "config": {}, "model": Evil(str(trap))}, tmp_path / "model.pt")
     with pytest.raises(SystemExit):
         train.load_checkpoint(tmp_path / "model.pt")
-    assert not trap.exists() and "damaged or not a checkpoint" in capsys.readouterr().err
+    assert not trap.exists() and "could run code" in capsys.readouterr().err
 
 
 BAD_FLAGS = {
