@@ -1,0 +1,770 @@
+"""evaluate.py: every number against an independent computation, and the command lines."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import randomize
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+import evaluate
+import losses
+import train
+
+PROTOCOL = {"command", "device", "processes", "torch", "numpy", "scipy", "python"}
+
+
+@pytest.fixture
+def checkpoint(tiny):
+    """A model.pt of random, non-zero weights."""
+    return write_checkpoint(tiny, randomize(train.MIMFlow(tiny, tuple(train.SHAPES))))
+
+
+def write_checkpoint(config, model):
+    path = config.run_dir / "model.pt"
+    path.parent.mkdir(parents=True)
+    content = dict(format=1, step=3, config=train.asdict(config), model=model.state_dict())
+    torch.save({**content, "class_names": list(model.class_names)}, path)
+    return path
+
+
+def run(*arguments) -> dict:
+    """What the JSON file holds after a command, in this process."""
+    arguments = [str(a) for a in arguments]
+    target = ["--json", "out.json"] if "--json" not in arguments else []
+    flags = evaluate.parse_arguments([*arguments, "--device", "cpu", *target])
+    evaluate.main(flags)
+    numbers = json.loads(flags.json.read_text())
+    assert numbers["protocol"].keys() >= PROTOCOL
+    return numbers
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """uint8 (count, size, size, 3), each of another colour and contrast, so that they differ."""
+    rng = np.random.default_rng(seed)
+    colour, contrast = rng.uniform(0, 255, (count, 1, 1, 3)), rng.uniform(5, 120, (count, 1, 1, 1))
+    noise = contrast * rng.standard_normal((count, size, size, 3))
+    return (colour + noise).clip(0, 255).astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# The Inception network, against torch-fidelity with the same random weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file in the layout of the published weights, with batch statistics that matter."""
+    torch.manual_seed(1)
+    state = {}
+    for name, value in evaluate.FIDInception().state_dict().items():
+        if name.endswith(("bn.running_var", "bn.weight")):
+            value.uniform_(0.7, 1.4)
+        elif name.endswith(("bn.running_mean", "bias")):
+            value.normal_(0, 0.1)
+        if not name.endswith("num_batches_tracked"):
+            state[name] = value
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(weights):
+    return evaluate.load_inception(str(weights), torch.device("cpu"))[0]
+
+
+@pytest.fixture(scope="module")
+def fidelity(weights):
+    kinds = ["2048", "logits_unbiased"]
+    return FeatureExtractorInceptionV3("", kinds, feature_extractor_weights_path=str(weights))
+
+
+def nuclear_norm_fid(a: np.ndarray, b: np.ndarray) -> float:
+    """FID from features: with S = A^T A, tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    rows = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
+    cross = np.linalg.svd(rows[0] @ rows[1].T, compute_uv=False).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((x**2).sum() for x in rows) - 2 * cross
+
+
+def test_the_network_has_the_published_names_and_size(weights):
+    state = torch.load(weights)
+    assert len(state) == 472 and sum(x.numel() for x in state.values()) == 23_885_392
+    assert state["Mixed_6d.branch7x7_2.bn.bias"].shape == (160,)
+    assert state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (299, 299), (320, 200), (512, 511)])
+def test_resize_is_tensorflow_ones_to_the_bit(shape):
+    images = 255 * torch.rand(2, 3, *shape)
+    expected = interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
+    assert torch.equal(evaluate.tf1_resize(images, 299), expected)
+
+
+@pytest.mark.parametrize("size", [64, 256, 299])
+def test_features_and_fid_equal_those_of_torch_fidelity(network, fidelity, size):
+    images = torch.from_numpy(pictures(5, size)).permute(0, 3, 1, 2)
+    seen = []
+    branch = fidelity.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        expected, logits = fidelity(images)
+    branch.remove()
+    pool, spatial = evaluate.inception_features(network, images.float())
+    assert pool.std() > 0.1 and logits.std() > 0.1
+    np.testing.assert_allclose(pool, expected.numpy(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.logits(torch.from_numpy(pool)), logits, rtol=1e-4, atol=1e-4)
+    channels_last = seen[0][:, :7].numpy().transpose(0, 2, 3, 1)  # (5, 17, 17, 7)
+    np.testing.assert_allclose(spatial, channels_last.reshape(5, 2023), rtol=1e-4, atol=1e-5)
+
+    ours = evaluate.frechet_distance(*evaluate.moments(pool[:3]), *evaluate.moments(pool[3:]))
+    halves = expected.numpy()[:3], expected.numpy()[3:]
+    assert ours == pytest.approx(nuclear_norm_fid(*halves), rel=1e-5)
+    if size == 64:  # once, as torch-fidelity's matrix root takes long; singular, so inexact there
+        theirs = [fid_features_to_statistics(torch.from_numpy(half)) for half in halves]
+        theirs = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_file_with_batch_norm_counters_loads_and_another_network_does_not(network, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save(network.state_dict(), path)  # an OrderedDict with counters and metadata
+    again, protocol = evaluate.load_inception(str(path), torch.device("cpu"))
+    assert torch.equal(again.fc.weight, network.fc.weight) and not again.training
+    assert protocol["inception"]["sha256"] == evaluate.file_sha256(path)
+    state = network.state_dict()
+    torch.save({k: v for k, v in state.items() if k != "Mixed_6d.branch1x1.bn.bias"}, path)
+    with pytest.raises(losses.WeightsMissing, match="other.pth"):
+        evaluate.load_inception(str(path), torch.device("cpu"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The formulas
+
+
+@pytest.mark.parametrize("count", [10, 300])  # fewer and more rows than numbers
+def test_frechet_distance_is_the_nuclear_norm_form(count):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((count, 40)) @ rng.standard_normal((40, 40)) + 1
+    b = rng.standard_normal((count + 3, 40)) @ rng.standard_normal((40, 40))
+    ours = evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b))
+    assert ours == pytest.approx(nuclear_norm_fid(a, b), rel=1e-6)
+    assert abs(evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(a))) < 1e-5 * ours
+
+
+def test_moments_in_blocks_are_numpys_also_far_from_the_origin(monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", 7)
+    x = (1000 + np.random.default_rng(0).standard_normal((50, 6))).astype(np.float32)
+    mean, covariance = evaluate.moments(x)
+    exact = x.astype(np.float64)
+    assert mean.dtype == covariance.dtype == np.float64
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(exact, rowvar=False), rtol=1e-10, atol=1e-12)
+
+
+class LogitsAsTheyAre(nn.Module):
+    """Pool features that are logits already."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+
+    def logits(self, pool):
+        return pool
+
+
+def test_inception_score_by_hand_with_a_short_last_split(monkeypatch):
+    monkeypatch.setattr(evaluate, "SCORE_SPLIT", 5)
+    logits = 2 * torch.randn(12, 9)
+    p = logits.softmax(dim=1).double().numpy()
+    scores = []
+    for rows in (p[:5], p[5:10], p[10:]):
+        total = sum((q * np.log(q / rows.mean(0))).sum() for q in rows)
+        scores.append(math.exp(total / len(rows)))
+    ours = evaluate.inception_score(LogitsAsTheyAre(), logits.numpy())
+    assert ours == pytest.approx(np.mean(scores), rel=1e-5)
+
+
+def test_inception_score_survives_probabilities_of_zero():
+    sure = 1e4 * torch.eye(4)
+    assert evaluate.inception_score(LogitsAsTheyAre(), sure.numpy()) == pytest.approx(4)
+    assert evaluate.inception_score(LogitsAsTheyAre(), sure[:1].numpy()) == pytest.approx(1)
+
+
+def brute_force(samples, reference):
+    """Precision and recall from all distances at once, k = 3."""
+
+    def distances(a, b):
+        return ((a[:, None].astype(np.float64) - b[None]) ** 2).sum(-1)
+
+    def covered(points, centres):
+        radius = np.sort(distances(centres, centres), axis=1)[:, 3]
+        return (distances(points, centres) <= radius).any(axis=1).mean()
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@pytest.mark.parametrize("kind", ["real", "integer", "far"])
+def test_precision_and_recall_are_brute_force_exactly(kind, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", 16)
+    rng = np.random.default_rng(3)
+    reference, samples = rng.standard_normal((90, 6)), 1.3 * rng.standard_normal((70, 6)) + 0.7
+    if kind == "integer":  # distances tie exactly, so that <= and < differ; and duplicates
+        reference, samples = np.round(reference), np.round(samples)
+    if kind == "far":  # a common offset, which float32 would not survive
+        reference, samples = reference + 3000, samples + 3000
+    reference, samples = reference.astype(np.float32), samples.astype(np.float32)
+    found = evaluate.precision_recall(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert found == brute_force(samples, reference)
+    assert 0.1 < found[0] < 0.95 and 0.1 < found[1] < 0.95 and found[0] != found[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets of pictures
+
+
+def read(path, batch: int = 3, crop=None) -> np.ndarray:
+    data = evaluate.PictureSet(path, crop)
+    ranges = [range(i, min(i + batch, len(data))) for i in range(0, len(data), batch)]
+    return torch.cat([data[r] for r in ranges]).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("kind", ["plain", "compressed", "float", "fortran"])
+def test_npz_is_read_in_batches(kind, tmp_path):
+    images = pictures(8, 12)
+    if kind == "float":
+        images = images - 0.25  # neither clipped nor rounded
+    if kind == "fortran":
+        images = np.asfortranarray(images)
+    save = np.savez_compressed if kind == "compressed" else np.savez
+    save(tmp_path / "set.npz", images, np.arange(8))
+    found = read(tmp_path / "set.npz")
+    assert found.dtype == np.float32 and np.array_equal(found, images.astype(np.float32))
+    data = evaluate.PictureSet(tmp_path / "set.npz")  # a process reads only its own batches
+    assert torch.equal(data[range(6, 8)].permute(0, 2, 3, 1), torch.from_numpy(found[6:]))
+
+
+def test_folder_is_read_sorted_and_can_be_cropped(tmp_path):
+    images = pictures(4, 12)
+    for i, name in enumerate(("b/1.png", "a/2.png", "c.png", "a/1.png")):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(tmp_path / "set" / name)
+    order = [3, 1, 0, 2]
+    assert np.array_equal(read(tmp_path / "set"), images[order])
+    cropped = [np.asarray(train.adm_crop(Image.fromarray(images[i]), 8)) for i in order]
+    assert np.array_equal(read(tmp_path / "set", crop=8), np.stack(cropped))
+
+
+def broken_sets(folder):
+    """path -> what the line must say."""
+    np.savez(folder / "no_arr.npz", images=pictures(2, 8))
+    np.savez(folder / "chw.npz", pictures(2, 8).transpose(0, 3, 1, 2))
+    np.savez(folder / "half.npz", pictures(2, 8), mu=np.zeros(2048))
+    np.savez(folder / "objects.npz", np.array([{}, {}], dtype=object))
+    (folder / "text.npz").write_text("hello")
+    (folder / "empty").mkdir()
+    (folder / "mixed").mkdir()
+    for side in (8, 9):
+        Image.new("RGB", (side, 8)).save(folder / "mixed" / f"{side}.png")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "a.jpg").write_text("hello")
+    return {
+        "no_arr.npz": "no arr_0 (it holds images)",
+        "chw.npz": "expected pictures (n, height, width, 3)",
+        "half.npz": "has mu but no mu_s, sigma, sigma_s",
+        "objects.npz": "arr_0 is object",
+        "text.npz": "not an .npz file",
+        "nothing.npz": "does not exist",
+        "empty": "no pictures in",
+        "mixed": "8.png is 8 x 8",
+        "damaged": "cannot read",
+    }
+
+
+def test_broken_sets_are_one_clear_line(tmp_path, capsys):
+    for name, expected in broken_sets(tmp_path).items():
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.PictureSet(tmp_path / name)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 1 and error.count("\n") == 1 and expected in error, error
+
+
+def test_a_damaged_archive_is_reported_with_its_path(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, pictures(8, 64))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255  # a flipped byte in the pictures: the checksum tells
+    path.write_bytes(content)
+    with pytest.raises(train.BrokenImage, match="set.npz is damaged"):
+        read(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# generation
+
+
+class Projection(nn.Module):
+    """In place of the Inception network where its weights do not matter: random projections."""
+
+    def __init__(self, *sizes: int):  # of pool and spatial features
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.fc, self.sizes = nn.Linear(1, 1), sizes
+        self.weight = 0.1 * torch.randn(48, sum(sizes), generator=generator)
+
+    def forward(self, images):
+        x = F.adaptive_avg_pool2d(images / 255, 4).flatten(1) @ self.weight
+        return x.split(self.sizes, dim=1)
+
+    def logits(self, pool):
+        return pool[:, :50]
+
+
+@pytest.fixture
+def projection(monkeypatch, request):
+    network = Projection(*getattr(request, "param", (100, 90)))  # small: FID takes no time
+    monkeypatch.setattr(evaluate, "load_inception", lambda *a: (network, {"inception": "random"}))
+    return network
+
+
+def test_identical_sets_have_distance_zero_and_full_precision_and_recall(
+    projection, tmp_path, capsys
+):
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", pictures(9, 16))
+    found = run("generation", "a.npz", "b.npz", "--batch-size", 4)
+    assert abs(found["fid"]) < 1e-4 and abs(found["sfid"]) < 1e-4
+    assert found["precision"] == found["recall"] == 1 and found["inception_score"] > 1.01
+    assert found["protocol"]["left_out"] == {}
+    said = capsys.readouterr().out  # the protocol stands beside the numbers there as well
+    assert "RANDOM Inception" in said and found["protocol"]["samples"]["sha256"] in said
+
+
+@pytest.mark.parametrize("projection", [(2048, 2023)], indirect=True)
+def test_the_statistics_of_a_reference_file_replace_those_of_its_pictures(projection, tmp_path):
+    images, scale = pictures(8, 16), {"mu": 3.0, "mu_s": 5.0}
+    np.savez(tmp_path / "samples.npz", images)
+    statistics = {}
+    for (name, variance), side in zip(scale.items(), (2048, 2023), strict=True):
+        mean = np.linspace(0, 1, side)
+        statistics |= {name: mean, "sigma" + name[2:]: variance * np.eye(side)}
+    np.savez(tmp_path / "virtual.npz", arr_0=pictures(6, 16, seed=1), **statistics)
+    found = run("generation", "samples.npz", "virtual.npz")
+    protocol = found["protocol"]
+    assert protocol["reference"]["statistics"] == "of the file"
+    assert protocol["samples"]["sha256"] == evaluate.file_sha256(tmp_path / "samples.npz")
+    assert (protocol["samples"]["pictures"], protocol["reference"]["pictures"]) == (8, 6)
+
+    # Against c * identity: tr (c S)^(1/2) is the sum of the singular values of A, times sqrt c.
+    features = [
+        x.numpy().astype(np.float64) for x in projection(torch.tensor(images).permute(0, 3, 1, 2))
+    ]
+    for key, (name, variance), x in zip(("fid", "sfid"), scale.items(), features, strict=True):
+        rows = (x - x.mean(0)) / math.sqrt(len(x) - 1)
+        cross = math.sqrt(variance) * np.linalg.svd(rows, compute_uv=False).sum()
+        difference = x.mean(0) - statistics[name]
+        expected = difference @ difference + (rows**2).sum() + variance * len(difference)
+        assert found[key] == pytest.approx(expected - 2 * cross, rel=1e-5)
+    reference = projection(torch.tensor(pictures(6, 16, seed=1)).permute(0, 3, 1, 2))[0].numpy()
+    precision_recall = brute_force(features[0], reference)  # from the pictures of the file
+    assert (found["precision"], found["recall"]) == precision_recall
+
+
+def test_a_metric_that_needs_more_pictures_is_null_and_says_so(projection, tmp_path, capsys):
+    np.savez(tmp_path / "three.npz", pictures(3, 16))
+    np.savez(tmp_path / "one.npz", pictures(1, 16))
+    found = run("generation", "three.npz", "one.npz")
+    assert found["fid"] is found["sfid"] is found["precision"] is found["recall"] is None
+    assert found["inception_score"] > 1
+    said = capsys.readouterr().out
+    assert "no fid: needs 2 pictures, one.npz has 1" in said
+    assert "no recall: needs 4 pictures" in said
+
+
+def test_features_that_are_not_finite_are_one_clear_line(projection, tmp_path, capsys):
+    images = pictures(5, 16).astype(np.float32)
+    images[3, 0, 0, 0] = np.nan
+    np.savez(tmp_path / "a.npz", images)
+    with pytest.raises(SystemExit) as stopped:
+        run("generation", "a.npz", "a.npz")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "not finite, the first is number 3" in error
+
+
+def test_without_inception_weights_generation_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    np.savez(tmp_path / "a.npz", pictures(2, 8))
+    with pytest.raises(SystemExit) as stopped:
+        train.run_program(lambda: run("generation", "a.npz", "a.npz"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "https://", "hub", "--inception"):
+        assert part in error
+
+
+def test_two_processes_sample_and_measure_as_one(checkpoint, tmp_path, run_script, monkeypatch):
+    np.savez(tmp_path / "reference.npz", pictures(4, 16))
+    command = ("generation", checkpoint, "reference.npz", "--num", 5, "--inception", "random")
+    flags = ("--device", "cpu", "--batch-size", 2, "--json", "two.json", "--npz", "two.npz")
+    done = run_script("evaluate.py", *command, *flags, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = run(*command, "--batch-size", 3)
+    for key in ("fid", "sfid", "inception_score", "precision", "recall"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), key
+    kept = checkpoint.parent / "samples_5_guidance_1_seed_0.npz"
+    for name in ("arr_0", "arr_1"):
+        assert np.array_equal(np.load(kept)[name], np.load(tmp_path / "two.npz")[name])
+    assert np.load(kept)["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    assert two["protocol"]["inception"] == "random" and two["protocol"]["guidance"] == 1.0
+    assert two["protocol"]["checkpoint"]["sha256"] == evaluate.file_sha256(checkpoint)
+    assert two["protocol"]["processes"] == 2 and not list(tmp_path.rglob("*.parts"))
+
+
+# --------------------------------------------------------------------------------------------------
+# reconstruction
+
+
+def test_frequency_errors_against_a_plain_loop():
+    error = torch.randn(2, 3, 24, 30)
+    low = torch.empty_like(error)
+    for y in range(24):
+        for x in range(30):
+            box = error[:, :, max(0, y - 10) : y + 11, max(0, x - 10) : x + 11]
+            low[:, :, y, x] = box.mean(dim=(2, 3))
+    expected = low.square().mean(dim=(1, 2, 3)), (error - low).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(evaluate.frequency_errors(error), expected)
+
+
+def test_hidden_patches_are_grey():
+    images, mask = torch.ones(1, 3, 8, 8), torch.tensor([[False, True, False, False]])
+    shown = evaluate.hide_patches(images, mask)
+    assert (shown[:, :, :4, 4:] == 0).all() and shown.sum() == 3 * 48
+
+
+@pytest.fixture
+def large_checkpoint(tiny):
+    """Pictures of 24 x 24, so that the box filter fits."""
+    config = replace(tiny, image_size=24)
+    return write_checkpoint(config, randomize(train.MIMFlow(config, tuple(train.SHAPES))))
+
+
+@torch.no_grad()
+def test_reconstruction_by_hand_with_any_batch_size(large_checkpoint, projection, capsys):
+    command = ("reconstruction", large_checkpoint, "--num", 7, "--seed", 5, "--vgg", "random")
+    found, again = run(*command), run(*command, "--batch-size", 3)
+    model = train.load_checkpoint(large_checkpoint)
+    dataset = train.open_dataset(None, 24, "val")
+    numbers = sorted(np.random.default_rng(5).permutation(2000)[:7].tolist())
+    rows = {"mse": [], "psnr": [], "low_frequency_error": [], "high_frequency_error": []}
+    shown, pool = [], [[], []]
+    for n in numbers:
+        image = dataset[n][0][None]
+        one = replace(model.config, batch_size=1, mask_ratio=(0.4, 0.6))
+        one = replace(one, seed=train.derived_seed(5, n))
+        draws = train.draw_randomness(one, 0, torch.device("cpu"))
+        assert 0.4 <= draws.mask.float().mean() <= 0.6
+        decoded = model.decoder(model.encoder(image, draws.mask) + 0.3 * draws.noise)
+        rows["mse"].append((image - decoded).square().mean())
+        a, b = (train.to_uint8(x) for x in (image, decoded))
+        rows["psnr"].append(-10 * torch.log10(((a / 255.0 - b / 255.0) ** 2).mean()))
+        low, high = evaluate.frequency_errors(image - decoded)
+        rows["low_frequency_error"].append(low)
+        rows["high_frequency_error"].append(high)
+        shown.append(decoded)
+        for side, x in enumerate((a, b)):
+            pool[side].append(projection(x.float())[0])
+    for key, values in rows.items():
+        expected = float(torch.stack(values).mean())
+        assert found[key] == pytest.approx(expected, rel=1e-4), key
+    a, b = (torch.cat(p).numpy() for p in pool)
+    assert found["rfid"] == pytest.approx(nuclear_norm_fid(a, b), rel=1e-4)
+    for key in [*rows, "rfid", "lpips"]:
+        assert again[key] == pytest.approx(found[key], rel=1e-4) and found[key] > 0
+    assert found["protocol"]["mask_ratio"] == [0.4, 0.6] and found["protocol"]["vgg"] == "random"
+
+    grid = np.asarray(Image.open(large_checkpoint.parent / "reconstruction.png"))
+    assert grid.shape == (3 * 98 + 2, 7 * 98 + 2, 3)
+    corner = grid[2 * 98 + 2 : 3 * 98 : 4, 6 * 98 + 2 : 7 * 98 : 4]  # the last, of row 3
+    expected = train.to_uint8(shown[-1].clamp(-1, 1))[0].permute(1, 2, 0).numpy()
+    assert np.abs(corner.astype(int) - expected).max() <= 1
+
+
+def test_reconstruction_leaves_out_what_it_has_no_weights_for(checkpoint, monkeypatch, capsys):
+    def missing(kind, path=None):
+        raise losses.WeightsMissing(f"no {kind} weights here")
+
+    monkeypatch.setattr(losses, "find_weights", missing)
+    found = run("reconstruction", checkpoint, "--num", 3, "--mask-ratio", 0, 0)
+    assert found["rfid"] is found["lpips"] is found["low_frequency_error"] is None
+    assert found["mse"] > 0 and found["protocol"]["mask_ratio"] == [0, 0]
+    said = capsys.readouterr().out
+    for line in ("no rfid: no inception weights", "no lpips: no vgg weights", "at least 21 x 21"):
+        assert line in said
+
+
+# --------------------------------------------------------------------------------------------------
+# probe
+
+
+def separable(count: int, seed: int) -> tuple[dict, torch.Tensor]:
+    """Classes that a line separates in `good`, off centre and tiny; nothing in `noise`."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    good = 50 + 0.01 * (corners[labels] + 0.1 * torch.randn(count, 2, generator=generator))
+    return {"good": good, "noise": torch.randn(count, 3, generator=generator)}, labels
+
+
+def test_probe_learns_what_is_there_and_nothing_else():
+    data = (*separable(400, 0), *separable(200, 1))
+    accuracy = evaluate.train_probes(*data, epochs=90, seed=0, device=torch.device("cpu"))
+    assert accuracy["good"] > 98 and accuracy["noise"] < 40
+    one_class = {"good": data[2]["good"][3::4]}, data[3][3::4]  # judged one by one, not as a batch
+    train_set = {"good": data[0]["good"]}, data[1]
+    settings = dict(epochs=90, seed=0, device=torch.device("cpu"))
+    assert evaluate.train_probes(*train_set, *one_class, **settings)["good"] > 98
+
+
+@torch.no_grad()
+def test_representations_are_of_the_whole_picture_without_label(tiny):
+    model = randomize(train.MIMFlow(tiny, tuple(train.SHAPES)), std=0.3).eval()
+    images = torch.randn(3, 3, 16, 16)
+    found = evaluate.representations(model, images, "mean")
+    assert list(found) == ["encoder_features", "latent", "flow_block_1", "flow_block_2"]
+    torch.testing.assert_close(found["encoder_features"], model.encoder.features(images).mean(1))
+    mu = model.encoder(images)
+    torch.testing.assert_close(found["latent"], mu.mean(1))
+    null = torch.full((3,), -1)
+    torch.testing.assert_close(found["flow_block_2"], model.flow(mu, null)[0].mean(1))
+    assert not torch.allclose(found["flow_block_2"], model.flow(mu, null + 4)[0].mean(1))
+    flat = evaluate.representations(model, images, "flat")["flow_block_1"]
+    torch.testing.assert_close(flat.view(3, 4, 4).mean(1), found["flow_block_1"])
+
+
+def save_pictures(folder, classes: int, each: int) -> None:
+    """Pictures of 16 x 16 in CLASS folders, a colour a class."""
+    for label in range(classes):
+        (folder / f"c{label}").mkdir(parents=True)
+        for i in range(each):
+            colour = (200 * label, 20 * i, 255 - 200 * label)
+            Image.new("RGB", (16, 16), colour).save(folder / f"c{label}" / f"{i}.png")
+
+
+def test_probe_reads_class_folders_and_asks_for_a_val_split(checkpoint, tmp_path, capsys):
+    save_pictures(tmp_path / "set" / "train", 2, 6)
+    with pytest.raises(SystemExit):
+        run("probe", checkpoint, "--data", "set")
+    assert "no val/" in capsys.readouterr().err
+    save_pictures(tmp_path / "set" / "val", 2, 3)
+    found = run("probe", checkpoint, "--data", "set", "--epochs", 20, "--batch-size", 5)
+    assert found["top1_percent"]["encoder_features"] == 100
+    protocol = found["protocol"]
+    assert (protocol["train_pictures"], protocol["val_pictures"], protocol["epochs"]) == (12, 6, 20)
+    labels = evaluate.known_labels(train.open_dataset("set", 16, "val"))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for folder, message in (("set/train", "no val/ beside train/"), ("set/train/c0", "no classes")):
+        with pytest.raises(SystemExit) as stopped:
+            run("probe", checkpoint, "--data", folder)
+        assert stopped.value.code == 1 and message in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# likelihood
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags, masked", [((), True), (("--no-mask",), False)])
+def test_likelihood_is_the_flows_log_prob(checkpoint, flags, masked):
+    found = run("likelihood", checkpoint, "--num", 6, "--batch-size", 4, *flags)
+    model = train.load_checkpoint(checkpoint)
+    dataset = train.open_dataset(None, 16, "val")
+    nats = {"conditional": [], "unconditional": []}
+    for n in sorted(np.random.default_rng(0).permutation(2000)[:6].tolist()):
+        image, label = dataset[n]
+        one = replace(model.config, batch_size=1, seed=train.derived_seed(0, n))
+        draws = train.draw_randomness(one, 0, torch.device("cpu"))
+        z = model.encoder(image[None], draws.mask if masked else None)
+        if masked:
+            z = z + 0.3 * draws.noise
+        else:  # another number of draws before the noise would be another noise
+            one = replace(one, mask_ratio=(0.0, 0.0))
+            z = z + 0.3 * train.draw_randomness(one, 0, torch.device("cpu")).noise
+        nats["conditional"].append(float(model.flow.log_prob(z, torch.tensor([label]))))
+        nats["unconditional"].append(float(model.flow.log_prob(z, torch.tensor([-1]))))
+    assert abs(np.mean(nats["conditional"]) - np.mean(nats["unconditional"])) > 1e-4
+    for kind, values in nats.items():
+        assert found[kind]["nats_an_image"] == pytest.approx(np.mean(values), rel=1e-5)
+        assert found[kind]["nats_an_image_std"] == pytest.approx(np.std(values), rel=1e-3)
+        bits = -np.mean(values) / (16 * math.log(2))
+        assert found[kind]["bits_a_latent_number"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_likelihood_of_other_classes_is_unconditional_only(checkpoint, tmp_path, capsys):
+    save_pictures(tmp_path / "set", 2, 2)
+    found = run("likelihood", checkpoint, "--data", "set")
+    assert found["conditional"] is None and found["unconditional"]["nats_an_image"] < 0
+    assert "no conditional: set have other classes" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# map
+
+
+@pytest.mark.parametrize("dimension", [9, 100])  # fewer and more than pictures
+def test_the_plane_of_the_map_is_that_of_the_svd(dimension):
+    x = np.random.default_rng(0).standard_normal((60, dimension)) * np.linspace(1, 4, dimension)
+    x -= x.mean(axis=0)
+    points, share = evaluate.principal_plane(x)
+    u, sizes, _ = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(np.abs(points), np.abs(u[:, :2] * sizes[:2]), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(share, sizes[:2] ** 2 / (sizes**2).sum(), rtol=1e-8)
+
+
+def test_map_draws_the_chosen_classes_or_writes_the_points(checkpoint, monkeypatch, capsys):
+    found = run("map", checkpoint, "--num", 30, "--classes", 2, "heart")
+    assert set(found["points"]["label"]) == {2, 6} and len(found["points"]["xy"]) == 30
+    assert [n % 10 for n in found["points"]["picture"]] == found["points"]["label"]
+    picture = np.asarray(Image.open(checkpoint.parent / "map.png").convert("RGB"))
+    colours = {tuple(c) for c in picture.reshape(-1, 3).tolist()}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # tab10's first two
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = evaluate.parse_arguments(["map", str(checkpoint), "--num", "9", "--out", "m.png"])
+    evaluate.main(flags)
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert len(json.loads(open("m.json").read())["points"]["xy"]) == 9
+
+
+# --------------------------------------------------------------------------------------------------
+# cost
+
+
+def test_cost_counts_what_the_paper_says():
+    parts = evaluate.count_parts(evaluate.preset_config("mimflow-l"))
+    assert parts["encoder_and_decoder"]["parameters"] == pytest.approx(172.0e6, rel=0.01)
+    assert parts["encoder_and_decoder"]["multiply_adds"] == pytest.approx(71.25e9, rel=0.01)
+    assert parts["flow"]["parameters"] == pytest.approx(474.8e6, rel=0.001)
+
+
+def test_multiply_adds_by_hand(tiny):
+    c, T, K = tiny, 16 + 4, 4  # tokens: 4 x 4 patches and 4 latents
+    layer = T * 12 * c.width**2 + 2 * T * T * c.width  # qkv, projection, MLP; attention
+    encoder = 16 * c.width * 3 * c.patch_size**2 + c.depth * layer + K * c.width * c.latent_dim
+    width = c.flow_width
+    flow = 0
+    for depth in c.flow_depths:  # the gate is a fifth square matrix
+        flow += K * 3 * c.latent_dim * width + depth * (K * 13 * width**2 + 2 * K * K * width)
+    parts = evaluate.count_parts(tiny)
+    assert parts["encoder"]["multiply_adds"] == encoder
+    assert parts["flow"]["multiply_adds"] == flow
+
+
+def test_cost_times_training_and_sampling(tiny, monkeypatch):
+    given = {k: v for k, v in train.asdict(tiny).items() if k not in ("preset", "out", "device")}
+    monkeypatch.setitem(train.PRESETS, "tiny", given)
+    flags = ("--tokens", 3, 5, "--runs", 2, "--batch-size", 4)
+    found = run("cost", "--preset", "tiny", *flags)
+    training = found["training"]
+    parts = found["parts"]
+    forward = sum(parts[name]["multiply_adds"] for name in ("encoder", "decoder", "flow"))
+    # Backward takes two forward passes, attention a little more, the patch embedding one.
+    assert 2.6 < training["multiply_adds_a_step"] / (4 * forward) < 3.1
+    eager = training["eager"]
+    assert eager["ms_a_step"] > 0 and 0 < eager["share_of_matmul_peak"] < 1
+    assert eager["peak_memory_gb"] is None  # counted on CUDA only
+    assert list(found["tokens"]) == ["3", "5"]
+    assert all(value > 0 for row in found["tokens"].values() for value in row.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def test_the_commands_as_a_user_types_them(checkpoint, tmp_path, run_script):
+    """Three as processes of their own, each costs seconds; the others go through `run`."""
+    flags = ("--device", "cpu", "--num", 10)
+    two = run_script(
+        *("evaluate.py", "map", checkpoint, *flags, "--batch-size", 3),
+        *("--json", "two.json", "--num-workers", 1),
+        processes=2,
+        cwd=tmp_path,
+    )
+    assert two.returncode == 0, two.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = run("map", checkpoint, *flags)  # its points stand in the order of the pictures
+    assert two["points"]["label"] == one["points"]["label"]
+    np.testing.assert_allclose(two["points"]["xy"], one["points"]["xy"], rtol=1e-3, atol=1e-3)
+
+    weights = ("--vgg", "random", "--inception", "missing.pth", "--json", "r.json")
+    done = run_script("evaluate.py", "reconstruction", checkpoint, *flags, *weights, cwd=tmp_path)
+    assert done.returncode == 0 and "missing.pth: no such file" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["rfid"] is None and found["lpips"] > 0
+    probe = run("probe", checkpoint, *flags, "--num-train", 40, "--epochs", 2)
+    for protocol in (two["protocol"], one["protocol"], found["protocol"], probe["protocol"]):
+        assert protocol.keys() >= PROTOCOL | {"seed", "data"}
+        assert protocol["checkpoint"]["sha256"] == evaluate.file_sha256(checkpoint)
+        assert protocol["command"].startswith("evaluate.py ")
+    cost = run_script("evaluate.py", "cost", "--preset", "mimflow-l", "--no-timing")
+    assert cost.returncode == 0 and "172,100,416" in cost.stdout, cost.stderr
+
+
+def test_a_model_without_labels(tiny, projection, tmp_path, capsys):
+    config = replace(tiny, num_classes=0)
+    path = write_checkpoint(config, randomize(train.MIMFlow(config)))
+    found = run("likelihood", path, "--num", 4)
+    assert found["conditional"] is None and found["unconditional"]["bits_a_latent_number"] > 0
+    found = run("map", path, "--num", 8)
+    assert found["points"]["label"] == [-1] * 8 and found["protocol"]["classes"] == ["no class"]
+    np.savez(tmp_path / "r.npz", pictures(4, 16))
+    protocol = run("generation", path, "r.npz", "--num", 4)["protocol"]
+    assert protocol["labels"] == "none" and protocol["guidance"] == 0
+    with pytest.raises(SystemExit) as stopped:
+        run("generation", path, "r.npz", "--guidance", 1)
+    assert stopped.value.code == 2 and "without labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, code, expected",
+    [
+        ("", 2, "COMMAND"),
+        ("unknown", 2, "invalid choice"),
+        ("generation a.npz", 2, "reference"),
+        ("generation a.npz b.npz --num 0", 2, "--num must be positive"),
+        ("generation a.npz b.npz --guid 1", 2, "unrecognized"),
+        ("generation a.npz b.npz", 1, "b.npz does not exist"),
+        ("likelihood none.pt", 1, "none.pt does not exist"),
+        ("likelihood", 1, "python train.py"),
+        ("reconstruction x.pt --mask-ratio 0.6 0.4", 2, "--mask-ratio needs"),
+        ("map x.pt --json nowhere/a.json", 2, "nowhere/a.json cannot be written"),
+        ("map CKPT --classes unicorn", 2, "--classes unicorn"),
+        ("map CKPT --method umap", 2, "pip install umap-learn"),
+        ("likelihood CKPT --num 3000", 2, "the val split of the built-in pictures has 2000"),
+        ("cost --tokens 1", 2, "--tokens must be at least 2"),
+    ],
+)
+def test_bad_input_is_one_clear_line(checkpoint, command, code, expected, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    arguments = command.replace("CKPT", str(checkpoint)).split()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(evaluate.parse_arguments(arguments))
+    error = capsys.readouterr().err
+    assert stopped.value.code == code and expected in error and error.count("\n") == 1, error
