@@ -88,6 +88,7 @@ from train import (
     start_processes,
     stop_processes,
     to_uint8,
+    uses_bf16,
     world_size,
     write_file,
 )
@@ -1294,7 +1295,7 @@ def training_step(
     forward = distribute(training, config, device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device)):
             loss, *_ = forward(images, labels, draws, config.nll_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(training.parameters(), config.grad_clip)
@@ -1304,15 +1305,10 @@ def training_step(
     return step
 
 
-def trains_in_bf16(device: torch.device) -> bool:
-    """Whether train.py uses bfloat16 on this device."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def matmul_peak(device: torch.device, runs: int) -> float:
     """Multiply-adds a second of a large matrix product in the type that training uses."""
     side = 1024 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if trains_in_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
     a = torch.randn(side, side, device=device, dtype=dtype)
     return side**3 / measure(lambda: a @ a, device, 10 * runs)
 
@@ -1352,7 +1348,7 @@ def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str
         labels = torch.arange(size, device=device) % config.num_classes
 
         def train_flow(model=model, noise=noise, labels=labels) -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device)):
                 u, logdet = model.flow(noise, labels)
                 square, other = losses.flow_nll(u, logdet)
             (square + other).mean().backward()
@@ -1377,7 +1373,7 @@ def cost(flags: argparse.Namespace) -> dict[str, Any]:
     if not flags.no_timing:
         numbers["training"] = time_training(config, flags)
         numbers["tokens"] = time_tokens(config, flags)
-        dtype = "bfloat16 autocast" if trains_in_bf16(flags.device) else "float32"
+        dtype = "bfloat16 autocast" if uses_bf16(flags.device) else "float32"
         protocol |= {"training": dtype, "sampling": "float32, guidance 0"}
         protocol |= {"threads": torch.get_num_threads(), "timing": "median, after warming up"}
         if flags.device.type != "cuda":

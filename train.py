@@ -978,6 +978,11 @@ def select_device(name: str | None) -> torch.device:
     return device
 
 
+def uses_bf16(device: torch.device) -> bool:
+    """Whether training computes in bfloat16 (autocast) on this device; the weights are float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def start_processes(device: torch.device) -> None:
     """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
     if world_size() > 1:
@@ -1395,7 +1400,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         say(f"continuing {run_dir} after step {start}")
     del checkpoint, trained
     steppers = [distribute(player, config, device) for player in players]
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = uses_bf16(device)
 
     # Data: this process's rows of every global batch; the loader has a generator of its own. It is
     # one long pass over all steps, so its workers live as long as the run.

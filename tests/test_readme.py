@@ -7,13 +7,14 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import evaluate
 import sample
 import spectral
 import train
 
 README = (ROOT / "README.md").read_text()
 NAMES = re.findall(r"`(\w+\.py):(\w+)`", README)
-COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample|spectral)\.py[^\n#&]*)"
+COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample|spectral|evaluate)\.py[^\n#&]*)"
 COMMANDS = re.findall(COMMAND, README, re.M)
 
 
@@ -28,8 +29,9 @@ def test_the_table_from_paper_to_code_is_true(file, name):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse(command):
     script, *arguments = shlex.split(command)
-    module = {"train.py": train, "sample.py": sample, "spectral.py": spectral}[script]
-    module.parse_arguments(arguments)
+    modules = {"train.py": train, "sample.py": sample, "spectral.py": spectral}
+    modules["evaluate.py"] = evaluate
+    modules[script].parse_arguments(arguments)
 
 
 def test_table_and_commands_were_found():
