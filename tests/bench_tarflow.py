@@ -1,0 +1,223 @@
+"""Writes BENCHMARKS.md: this flow beside apple/ml-tarflow's, its cost against K, and jacobi.
+
+    git clone https://github.com/apple/ml-tarflow /elsewhere/ml-tarflow
+    python tests/bench_tarflow.py --tarflow /elsewhere/ml-tarflow > BENCHMARKS.md
+
+Not collected by pytest: it takes minutes, and another project's code. One thread; what is compared
+runs in turns (A B A B ...) in one process, and medians of its CPU seconds count, so that other
+programs on the machine disturb little, and both alike.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT, randomize
+
+sys.path.insert(0, str(ROOT))
+import train
+from flow import NormalizingFlow
+
+K, D, WIDTH, DEPTHS, CLASSES, BATCH = 128, 64, 256, (2, 2, 2, 8), 10, 16
+COST_TOKENS, COST_BATCH = (32, 64, 128, 256, 512), 4
+GUIDANCE = 2.0
+STD = 0.01  # of the noise on fresh weights: enough that no output is zero
+
+Work = dict[str, Callable[[], object]]
+
+
+def medians(work: Work, runs: int) -> dict[str, float]:
+    """CPU seconds of each piece of work: medians of `runs` turns, after one to warm up."""
+    seconds = {name: [] for name in work}
+    for turn in range(runs + 1):
+        for name, call in work.items():
+            start = time.process_time()
+            call()
+            seconds[name] += [time.process_time() - start] if turn else []
+        print(f"turn {turn} of {runs}: {', '.join(work)}", file=sys.stderr)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def table(head: str, rows: list[tuple]) -> None:
+    columns = head.count("|") + 1
+    print(f"\n| {head} |\n|{' --- |' * columns}")
+    for row in rows:
+        print("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
+
+
+# --------------------------------------------------------------------------------------------------
+# The two flows
+
+
+def our_flow(num_latents: int = K, gated: bool = False) -> NormalizingFlow:
+    return randomize(
+        NormalizingFlow(num_latents, D, WIDTH, DEPTHS, 64, CLASSES, gated=gated), std=STD
+    )
+
+
+def our_step(flow: NormalizingFlow, z: torch.Tensor, labels: torch.Tensor) -> None:
+    """Forward and backward of the NLL per number."""
+    u, logdet = flow(z, labels)
+    (0.5 * u.square().mean() - logdet.mean() / z[0].numel()).backward()
+    flow.zero_grad(set_to_none=True)
+
+
+def their_blocks(folder: Path) -> torch.nn.ModuleList:
+    """ml-tarflow's blocks in the same sizes; its Model has one depth for all of them."""
+    sys.path.insert(0, str(folder))
+    import transformer_flow as tarflow
+
+    orders = (tarflow.PermutationIdentity(K), tarflow.PermutationFlip(K))
+    blocks = [
+        tarflow.MetaBlock(D, WIDTH, K, orders[i % 2], depth, num_classes=CLASSES)
+        for i, depth in enumerate(DEPTHS)
+    ]
+    return randomize(torch.nn.ModuleList(blocks), std=STD)
+
+
+def their_step(blocks: torch.nn.ModuleList, z: torch.Tensor, labels: torch.Tensor) -> None:
+    x, logdet = z, 0.0
+    for block in blocks:
+        x, more = block(x, labels)
+        logdet = logdet + more
+    (0.5 * x.square().mean() - logdet.mean()).backward()
+    blocks.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def their_inverse(
+    blocks: torch.nn.ModuleList, u: torch.Tensor, labels: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    x = u.clone()  # their inverse writes into its argument
+    for block in reversed(blocks):
+        x = block.reverse(x, labels, guidance, annealed_guidance=True)
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# The measurements
+
+
+def side_by_side(folder: Path, runs: int) -> None:
+    theirs, plain, gated = their_blocks(folder), our_flow(), our_flow(gated=True)
+    z, labels = torch.randn(BATCH, K, D), torch.randint(CLASSES, (BATCH,))
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True).strip()
+    rows = []
+    work: Work = {
+        "theirs": lambda: their_step(theirs, z, labels),
+        "plain": lambda: our_step(plain, z, labels),
+        "gated": lambda: our_step(gated, z, labels),
+    }
+    rows.append(("forward + backward", medians(work, runs), "at most 1.0 of its time"))
+    for guidance, goal in ((0.0, "1.2 times faster"), (GUIDANCE, "2.5 times faster")):
+        work = {
+            "theirs": lambda w=guidance: their_inverse(theirs, z, labels, w),
+            "plain": lambda w=guidance: plain.inverse(z, labels, w),
+            "gated": lambda w=guidance: gated.inverse(z, labels, w),
+        }
+        rows.append((f"inverse, guidance {guidance:g}", medians(work, runs), goal))
+    print(f"\n## Beside apple/ml-tarflow, commit {commit[:12]}\n")
+    print(
+        f"K = {K}, d = {D}, width {WIDTH}, layers {DEPTHS}, batch {BATCH}, float32. It guides all\n"
+        "blocks, this flow the deep one. It has no gates: without them is the equal comparison.\n"
+        "Seconds; in brackets: its time over ours, above 1 = ours is faster."
+    )
+    table(
+        "work | ml-tarflow | without gates | with gates | goal",
+        [
+            (name, t["theirs"], *(f"{t[k]:.3g} ({t['theirs'] / t[k]:.2f})" for k in work if k in
+             ("plain", "gated")), goal)
+            for name, t, goal in rows
+        ],
+    )  # fmt: skip
+
+
+def cost_against_tokens(runs: int) -> None:
+    """Seconds for a training step and for sampling, and the exponent fitted to the logarithms."""
+    seconds = []
+    for tokens in COST_TOKENS:
+        flow, z = our_flow(tokens, gated=True), torch.randn(COST_BATCH, tokens, D)
+        labels = torch.randint(CLASSES, (COST_BATCH,))
+        work: Work = {
+            "training": lambda f=flow, z=z, y=labels: our_step(f, z, y),
+            "sampling": lambda f=flow, z=z, y=labels: f.inverse(z, y),
+            "guided": lambda f=flow, z=z, y=labels: f.inverse(z, y, GUIDANCE),
+        }
+        seconds.append(list(medians(work, runs).values()))
+    exponents = np.polyfit(np.log(COST_TOKENS), np.log(seconds), 1)[0]
+    print(f"\n## Cost against K\n\nAs above, with gates, batch {COST_BATCH}; seconds.")
+    rows = [(tokens, *taken) for tokens, taken in zip(COST_TOKENS, seconds, strict=True)]
+    rows.append(("K to the power of", *(f"{x:.2f}" for x in exponents)))
+    table("K | forward + backward | sampling | guided sampling", rows)
+
+
+def jacobi_rows(name: str, flow: NormalizingFlow, batch: int, runs: int) -> list[tuple]:
+    u = torch.randn(batch, flow.num_latents, flow.latent_dim)
+    labels, rows = torch.arange(batch) % flow.num_classes, []
+    for guidance in (0.0, 1.0):
+        sweeps, found = Counter(), {}
+
+        def draw(sampler: str, w: float = guidance, found: dict = found, n: Counter = sweeps):
+            n.clear()
+            watch = lambda block, solved: n.update([block])  # noqa: E731
+            found[sampler] = flow.inverse(u, labels, w, sampler=sampler, watch=watch)
+
+        t = medians({s: lambda s=s: draw(s) for s in ("sequential", "jacobi")}, runs)
+        counts = " ".join(str(sweeps[block]) for block in sorted(sweeps)[::-1])
+        difference = float((found["sequential"] - found["jacobi"]).abs().max())
+        times = [1000 * t[s] for s in ("sequential", "jacobi")]
+        rows.append((name, batch, f"{guidance:g}", *times, counts, f"{difference:.0e}"))
+    return rows
+
+
+def jacobi_sweeps(checkpoint: Path, runs: int) -> None:
+    rows = []
+    if checkpoint.exists():
+        trained = train.load_checkpoint(checkpoint, torch.device("cpu")).flow
+        for batch in (1, 64):
+            rows += jacobi_rows(
+                f"preset shapes, trained, K = {trained.num_latents}", trained, batch, runs
+            )
+    rows += jacobi_rows(f"random weights (noise {STD}), K = {K}", our_flow(gated=True), 1, runs)
+    print("\n## Jacobi\n\nTolerance 1e-5; sweeps of each block, deep block first; milliseconds.")
+    table("flow | batch | guidance | sequential | jacobi | sweeps | largest difference", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--tarflow", type=Path, required=True, help="clone of apple/ml-tarflow")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs/shapes/model.pt")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each measurement")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    info = Path("/proc/cpuinfo")
+    names = [x.split(": ")[1] for x in info.read_text().splitlines() if x.startswith("model name")]
+    load = os.getloadavg()[0]
+    print(
+        "# Benchmarks\n\nWritten by `python tests/bench_tarflow.py --tarflow CLONE > BENCHMARKS.md`."
+    )
+    print(
+        f"{names[0]}, {os.cpu_count()} cores, of which one thread; Python "
+        f"{platform.python_version()}, torch {torch.__version__}.\nCPU seconds, medians of "
+        f"{options.runs} alternating runs. GPU: not measured."
+    )
+    side_by_side(options.tarflow, options.runs)
+    cost_against_tokens(options.runs)
+    jacobi_sweeps(options.checkpoint, options.runs)
+    print(
+        f"\nLoad of the machine (1 minute) before and after: {load:.1f}, {os.getloadavg()[0]:.1f}."
+    )
+
+
+if __name__ == "__main__":
+    main()
