@@ -22,7 +22,9 @@ COMMANDS = re.findall(COMMAND, README, re.M)
 def test_the_table_from_paper_to_code_is_true(file, name):
     tree = ast.parse((ROOT / file).read_text())
     defined = {getattr(node, "name", None) for node in tree.body}
-    defined |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    targets = [getattr(node, "target", None) or node.targets[0] for node in assigned]
+    defined |= {target.id for target in targets if isinstance(target, ast.Name)}
     assert name in defined, f"README names {file}:{name}"
 
 
