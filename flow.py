@@ -12,15 +12,18 @@ One autoregressive block, on the tokens x_0 ... x_{K-1} in the block's own order
 
 Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
-x_{i-1} first, so sampling goes token by token, with a key-value cache. Blocks alternate the token
-order (forward, backward, ...), so that every token is transformed by its whole context after two
-of them. Seven shallow blocks and a deep one ("deep-shallow"): the deep one, inverted first, does
-nearly all the work and alone is guided.
+x_{i-1} first, so sampling goes token by token, with a key-value cache; or it iterates over many
+tokens at once, to the same result (`jacobi`). Blocks alternate the token order (forward, backward,
+...), so that every token is transformed by its whole context after two of them. Seven shallow
+blocks and a deep one ("deep-shallow"): the deep one, inverted first, does nearly all the work and
+alone is guided.
 
 Improvements over STARFlow (Tab. 1), each a switch: scale="exp" instead of "softplus"; gated=True.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,8 @@ from torch import Tensor
 
 INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)  # a fresh softplus flow is the identity
 TOKEN_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
+DEEP_WINDOW = 32  # tokens of the deep block that `jacobi` works on at a time; all, in the others
+FAR = 1e8  # no token of a working flow is this large; its square is still finite in float32
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ class KeyValueCache:
     """Keys and values of the tokens that one block has seen while it is being inverted.
 
     An argument of the calls, never state of a module. `length` tokens are filled, the same in all
-    layers.
+    layers; lower it, and what comes next overwrites the later ones.
     """
 
     def __init__(self, depth: int, num_tokens: int):
@@ -54,15 +59,14 @@ class KeyValueCache:
         self.buffer: Tensor | None = None
         self.length = 0
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token's key and value (B, heads, 1, hd); return those of all tokens so far."""
+    def append(self, layer: int, new: Tensor) -> Tensor:
+        """Store the keys and values (2, B, heads, T, hd) of T more tokens; return those of all."""
+        _, B, heads, T, hd = new.shape
         if self.buffer is None:
-            B, heads, _, hd = key.shape
-            self.buffer = key.new_empty(self.depth, 2, B, heads, self.num_tokens, hd)
-        self.buffer[layer, 0, :, :, self.length] = key[:, :, 0]
-        self.buffer[layer, 1, :, :, self.length] = value[:, :, 0]
-        key, value = self.buffer[layer, :, :, :, : self.length + 1]
-        return key, value  # (B, heads, length + 1, hd) each
+            self.buffer = new.new_empty(self.depth, 2, B, heads, self.num_tokens, hd)
+        filled = self.buffer[layer, :, :, :, : self.length + T]
+        filled[:, :, :, self.length :] = new
+        return filled  # (2, B, heads, length + T, hd)
 
 
 class CausalGatedAttention(nn.Module):
@@ -78,13 +82,16 @@ class CausalGatedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, T = 1: the token after those in the cache."""
+        """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
         B, T, C = x.shape  # batch, tokens, width
-        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, hd) each
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, heads, T, hd) each
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)  # (B, heads, T, hd)
+            k, v = cache.append(layer, qkv[1:])  # (B, heads, S, hd) each
+        S, mask = k.shape[2], None  # the T tokens are the last of S; a single one sees all S
+        if 1 < T < S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)  # (B, heads, T, hd)
         out = out.transpose(1, 2).reshape(B, T, C)
         if self.gate is not None:
             out = out * torch.sigmoid(self.gate(x))
@@ -126,10 +133,10 @@ class Guidance(NamedTuple):
     rule: str = "tarflow"
 
     def __call__(
-        self, mu_c: Tensor, alpha_c: Tensor, mu_u: Tensor, alpha_u: Tensor, progress: float
+        self, mu_c: Tensor, alpha_c: Tensor, mu_u: Tensor, alpha_u: Tensor, progress: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         """Guided (mu, alpha), alpha = log sigma, from conditional (c) and unconditional (u) ones,
-        any one shape. `progress` = i/(K-1) of the token in the block's order."""
+        (B, T, d) each. `progress` (T, 1) = i/(K-1) of the tokens in the block's order."""
         w = self.weight * (progress if self.annealed else 1.0)
         if self.rule == "tarflow":
             return mu_c + w * (mu_c - mu_u), alpha_c + w * (alpha_c - alpha_u)
@@ -138,11 +145,54 @@ class Guidance(NamedTuple):
         return ((1 + w) * mu_c - w * s * mu_u) / total, alpha_c - 0.5 * total.log()
 
 
+NO_GUIDANCE = Guidance()
+
+
+# --------------------------------------------------------------------------------------------------
+# Two ways to solve x_i = u_i * exp(alpha_i) + mu_i, where mu_i, alpha_i depend on x_0 .. x_{i-1}
+
+Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_{i-1}, i) -> mu_i, alpha_i
+Watch = Callable[[int], None]  # told, after each call of Predict, how many tokens it has solved
+
+
+def sequential(u: Tensor, predict: Predict, watch: Watch) -> Tensor:
+    """Token by token, in K - 1 calls of `predict`: u (B, K, d) -> x (B, K, d)."""
+    tokens = [u[:, :1]]  # the first token passes unchanged
+    for i in range(1, u.shape[1]):
+        mu, alpha = predict(tokens[-1], i)  # (B, 1, d) each
+        tokens.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
+        watch(1)
+    return torch.cat(tokens, dim=1)
+
+
+def jacobi(u: Tensor, predict: Predict, watch: Watch, tolerance: float, window: int) -> Tensor:
+    """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
+
+    A sweep puts a guess of x into the right-hand side for all tokens of a window. A token is solved
+    when no token before it has just changed by more than `tolerance`; the window then begins after
+    it (Gauss-Seidel). That is one token a sweep at least, so K - 1 sweeps are always enough, and
+    exact; mostly far fewer are needed. paper: fixed segments; here: a window that moves on with
+    what is solved, because it needs no bound on the sweeps and repeats no solved token.
+    """
+    x, K, first = u.clone(), u.shape[1], 1  # token 0 passes unchanged; for the others u is a guess
+    while first < K:
+        last = min(first + window, K)
+        # A wrong guess may overflow. It must not make the tokens before it NaN: attention
+        # multiplies what it hides by zero, and 0 * inf is NaN.
+        guess = x[:, first - 1 : last - 1].nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
+        mu, alpha = predict(guess, first)  # (B, T, d) each
+        better = u[:, first:last] * torch.exp(alpha) + mu
+        settled = (better - x[:, first:last]).abs().amax(dim=(0, 2)) <= tolerance  # (T,)
+        x[:, first:last] = better
+        # All settled ones from the first on, and the next, whose inputs these are.
+        solved = min(1 + int(settled.cumprod(0).sum()), last - first)  # waits for the device
+        watch(solved)
+        first += solved
+    return x
+
+
 # --------------------------------------------------------------------------------------------------
 # The flow
-
-
-NO_GUIDANCE = Guidance()
 
 
 class AutoregressiveBlock(nn.Module):
@@ -198,7 +248,7 @@ class AutoregressiveBlock(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer(h, cache, i)
         if cache is not None:
-            cache.length += 1
+            cache.length += x.shape[1]
         mu, alpha = at_least_float32(self.proj_out(h)).chunk(2, dim=-1)
         if self.scale == "softplus":  # STARFlow's scale; alpha stays its logarithm
             alpha = F.softplus(alpha + INVERSE_SOFTPLUS_OF_1).log()
@@ -214,25 +264,36 @@ class AutoregressiveBlock(nn.Module):
         u = (x - mu) * torch.exp(-alpha)
         return self.order(u), -alpha.sum(dim=(1, 2))
 
-    def inverse(self, u: Tensor, labels: Tensor, guidance: Guidance = NO_GUIDANCE) -> Tensor:
-        """The x (B, K, d) that forward maps to u, token by token, or its guided version."""
+    def inverse(
+        self,
+        u: Tensor,
+        labels: Tensor,
+        guidance: Guidance = NO_GUIDANCE,
+        solve: Callable[[Tensor, Predict, Watch], Tensor] = sequential,
+        watch: Watch = lambda solved: None,
+    ) -> Tensor:
+        """The x (B, K, d) that forward maps to u, or its guided version, found by `solve`."""
         guided = guidance.weight != 0 and self.class_embed is not None
         u = self.order(at_least_float32(u))
-        B, K, _ = u.shape  # batch, tokens
+        K = u.shape[1]  # tokens
         if guided:  # conditional and unconditional halves share one batch
             labels = torch.cat((labels, torch.full_like(labels, -1)))
         condition, position = self.condition(labels), self.order(self.position)
+        tokens = torch.arange(K, dtype=u.dtype, device=u.device)
+        progress = tokens[:, None] / max(K - 1, 1)  # (K, 1)
         cache = KeyValueCache(len(self.layers), K)
 
-        tokens = [u[:, :1]]  # the first token passes unchanged
-        for i in range(1, K):
-            previous = tokens[-1].repeat(2, 1, 1) if guided else tokens[-1]  # (B or 2B, 1, d)
-            mu, alpha = self.predict(previous, position[i - 1], condition, cache)
-            if guided:
-                (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
-                mu, alpha = guidance(mu, alpha, mu_null, alpha_null, progress=i / (K - 1))
-            tokens.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
-        return self.order(torch.cat(tokens, dim=1))
+        def predict(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            """mu and alpha of the T tokens from `first` on, given those one place before, x."""
+            cache.length, last = first - 1, first + x.shape[1]
+            before = position[first - 1 : last - 1]  # (T, C)
+            if not guided:
+                return self.predict(x, before, condition, cache)
+            mu, alpha = self.predict(x.repeat(2, 1, 1), before, condition, cache)  # (2B, T, d)
+            (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
+            return guidance(mu, alpha, mu_null, alpha_null, progress[first:last])
+
+        return self.order(solve(u, predict, watch))
 
 
 class NormalizingFlow(nn.Module):
@@ -306,18 +367,30 @@ class NormalizingFlow(nn.Module):
         guidance: float = 0.0,
         annealed: bool = True,
         rule: str = "tarflow",
+        sampler: str = "sequential",
+        tolerance: float = 1e-5,
+        watch: Callable[[int, int], None] = lambda block, solved: None,
     ) -> Tensor:
         """z = F^-1(u): noise (B, K, d) and labels (B,) to latents (B, K, d), in at least float32.
 
         `guidance` is the weight w of classifier-free guidance in the deep block, 0 = none (exact
-        inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. u is left
+        inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. `sampler` is
+        "sequential", or "jacobi", which stops when no number changes by more than `tolerance`.
+        `watch` is called with (block, tokens solved) after each pass through that block. u is left
         unchanged.
         """
         if rule not in ("tarflow", "starflow"):
             raise ValueError(f'rule must be "tarflow" or "starflow", got "{rule}"')
+        if sampler not in ("sequential", "jacobi"):
+            raise ValueError(f'sampler must be "sequential" or "jacobi", got "{sampler}"')
         labels = self._labels(u, labels)
-        deep, *shallow = reversed(self.blocks)
-        x = deep.inverse(u, labels, Guidance(guidance, annealed, rule))
-        for block in shallow:
-            x = block.inverse(x, labels)
+        x, deep = u, len(self.blocks) - 1
+        for number in range(deep, -1, -1):
+            block_guidance = Guidance(guidance, annealed, rule) if number == deep else NO_GUIDANCE
+            solve = sequential
+            if sampler == "jacobi":
+                window = DEEP_WINDOW if number == deep else self.num_latents
+                solve = functools.partial(jacobi, tolerance=tolerance, window=window)
+            tell = functools.partial(watch, number)
+            x = self.blocks[number].inverse(x, labels, block_guidance, solve, tell)
         return x

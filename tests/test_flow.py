@@ -1,12 +1,13 @@
 """flow.py: exactness first. Inverse, determinant, causal order, density, guidance."""
 
+import functools
 import math
 
 import pytest
 import torch
 from conftest import randomize
 
-from flow import CausalGatedAttention, Guidance, Layer, NormalizingFlow
+from flow import CausalGatedAttention, Guidance, KeyValueCache, Layer, NormalizingFlow, jacobi
 
 VARIANTS = [dict(gated=True, scale="exp"), dict(gated=False, scale="softplus")]
 
@@ -229,8 +230,172 @@ def test_precision_is_never_lowered_and_the_argument_never_changed():
     assert u.dtype == logdet.dtype == half.inverse(u).dtype == torch.float32
 
 
-def test_unknown_scale_and_guidance_rule_are_refused():
+def test_unknown_scale_rule_and_sampler_are_refused():
     with pytest.raises(ValueError, match="scale"):
         small_flow(scale="relu")
     with pytest.raises(ValueError, match="rule"):
         small_flow().inverse(torch.randn(2, 6, 3), guidance=1.0, rule="tarflwo")
+    with pytest.raises(ValueError, match="sampler"):
+        small_flow().inverse(torch.randn(2, 6, 3), sampler="newton")
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling: many tokens at once, and what the token loop promises
+
+
+def trained_flow(steps: int = 60) -> NormalizingFlow:
+    """A flow that has learned two classes of tokens that depend on the ones before them."""
+    flow = NormalizingFlow(32, 4, 32, (1, 1, 2), 16, 2)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)
+    i, j = torch.arange(32)[:, None], torch.arange(32)
+    decay = (0.5 ** (i - j)).tril()  # z_i = z_{i-1} / 2 + ...
+    for _ in range(steps):
+        labels = torch.randint(2, (32,))
+        z = decay @ (0.5 * torch.randn(32, 32, 4) + labels[:, None, None])
+        loss = -flow.log_prob(z, labels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return flow
+
+
+def count_sweeps(flow: NormalizingFlow, *arguments, **options) -> tuple[torch.Tensor, list[int]]:
+    """The result of flow.inverse, and for each pass through a block the number of the block."""
+    passes: list[int] = []
+    x = flow.inverse(*arguments, **options, watch=lambda block, solved: passes.append(block))
+    return x, passes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_latents", [1, 2, 5, 16, 128])
+def test_jacobi_equals_sequential_on_random_weights(num_latents, variant):
+    flow = small_flow(num_latents=num_latents, latent_dim=8, **variant)
+    labels = torch.tensor([0, 3, -1])
+    u = flow(torch.randn(3, num_latents, 8), labels)[0].detach()
+    before = u.clone()
+    for guidance, rule in ((0.0, "tarflow"), (0.5, "tarflow"), (0.5, "starflow")):
+        expected = flow.inverse(u, labels, guidance, rule=rule)
+        found = flow.inverse(u, labels, guidance, rule=rule, sampler="jacobi", tolerance=1e-6)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert num_latents == 1 or (expected - u).abs().max() > 0.05
+    assert torch.equal(u, before)
+
+
+def test_jacobi_equals_sequential_on_a_trained_flow_in_fewer_sweeps():
+    flow, u, labels = trained_flow(), torch.randn(32, 32, 4), torch.arange(32) % 2
+    for guidance in (0.0, 1.0):
+        for rule in ("tarflow", "starflow"):
+            expected = flow.inverse(u, labels, guidance, rule=rule)
+            found, passes = count_sweeps(flow, u, labels, guidance, rule=rule, sampler="jacobi")
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            assert (expected - u).abs().max() > 1
+            assert 3 <= len(passes) < 3 * 31 and list(dict.fromkeys(passes)) == [2, 1, 0]
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 7, 15, 100])
+def test_windows_of_every_size_are_exact_in_float64(window):
+    block = small_flow(std=0.02, num_latents=16).blocks[1].double()
+    u, labels = torch.randn(2, 16, 3).double(), torch.tensor([0, 3])
+    guidance, solved = Guidance(1.0), []
+    solve = functools.partial(jacobi, tolerance=1e-12, window=window)
+    found = block.inverse(u, labels, guidance, solve, solved.append)
+    expected = block.inverse(u, labels, guidance)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    assert sum(solved) == 15 and min(solved) >= 1 and max(solved) <= window
+    assert len(solved) == 15 if window == 1 else len(solved) < 15
+
+
+def test_one_token_a_sweep_is_exact_whatever_the_tolerance_misses():
+    """A map that jacobi cannot hurry: x_i = u_i + 3 x_{i-1}, so that all later tokens change."""
+    u, solved = torch.randn(2, 9, 3).double(), []
+    x = jacobi(u, lambda x, first: (3 * x, torch.zeros_like(x)), solved.append, 0.0, window=100)
+    expected = u.clone()
+    for i in range(1, 9):
+        expected[:, i] += 3 * expected[:, i - 1]
+    assert torch.equal(x, expected) and solved == [1] * 8
+
+
+def test_a_token_is_solved_only_when_all_before_it_are():
+    """x_i = x_{i-1}: token 2 does not change in the first sweep, but when token 1 is known; and
+    only in one channel of the second sample."""
+    u = torch.zeros(2, 4, 2)
+    u[1, 0, 1] = 1.0
+    x = jacobi(u, lambda x, first: (x, torch.zeros_like(x)), lambda solved: None, 0.5, window=3)
+    assert torch.equal(x, u[:, :1].expand(2, 4, 2))
+
+
+def test_a_guess_that_overflows_does_not_spoil_the_tokens_before_it():
+    flow = small_flow(num_latents=16)
+    block, labels = flow.blocks[2], torch.tensor([0, 3])
+    u = torch.randn(2, 16, 3)
+    expected = block.inverse(u, labels)
+    true_predict, overflows = block.predict, []
+
+    def predict(x, *arguments):
+        """The first guess leads to infinity and NaN in three tokens: made so here, since weights
+        that do so by themselves also break the plain inverse."""
+        mu, alpha = (output.clone() for output in true_predict(x, *arguments))
+        if not overflows:
+            mu[:, 5], alpha[:, 7], alpha[:, 9] = math.nan, math.inf, 1000.0
+        overflows.append(not (mu + alpha).isfinite().all())
+        return mu, alpha
+
+    block.predict = predict
+    solve = functools.partial(jacobi, tolerance=1e-6, window=16)
+    found = block.inverse(u, labels, solve=solve)
+    assert overflows[0] and len(overflows) > 2 and not any(overflows[1:])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_overflows_token_by_token_is_not_hidden_by_jacobi():
+    flow = small_flow()
+    with torch.no_grad():
+        flow.blocks[2].proj_out.bias.fill_(200.0)
+    u = torch.randn(2, 6, 3)
+    assert not flow.inverse(u).isfinite().all()
+    assert not flow.inverse(u, sampler="jacobi").isfinite().all()
+
+
+def test_a_cache_takes_many_tokens_as_it_takes_one_by_one():
+    block, labels = small_flow().blocks[2].double(), torch.tensor([0, -1])
+    x, condition = torch.randn(2, 6, 3).double(), block.condition(labels)
+    expected = torch.cat(block.predict(x, block.position, condition), dim=-1)
+    for parts in ([1] * 6, [6], [2, 3, 1], [1, 5]):
+        cache, found = KeyValueCache(depth=2, num_tokens=6), []
+        for T in parts:
+            here = slice(cache.length, cache.length + T)
+            found.append(
+                torch.cat(block.predict(x[:, here], block.position[here], condition, cache), dim=-1)
+            )
+        assert cache.length == 6
+        torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-12, rtol=0)
+        cache.length = 4  # and back: what follows overwrites
+        again = torch.cat(block.predict(x[:, 4:], block.position[4:], condition, cache), dim=-1)
+        torch.testing.assert_close(again, expected[:, 4:], atol=1e-12, rtol=0)
+
+
+def test_the_token_loop_never_waits_for_the_device():
+    """On the meta device nothing can be read, so that any wait for a value raises."""
+    flow = small_flow().to("meta")
+    u, labels = torch.empty(2, 6, 3, device="meta"), torch.empty(2, device="meta").long()
+    for rule in ("tarflow", "starflow"):
+        assert flow.inverse(u, labels, guidance=1.0, rule=rule).shape == u.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        flow.inverse(u, labels, sampler="jacobi")
+
+
+def test_watch_hears_of_every_token_deep_block_first():
+    heard = []
+    u = torch.randn(2, 6, 3)
+    watched = small_flow()
+    watched.inverse(u, watch=lambda block, solved: heard.append((block, solved)))
+    assert heard == [(2, 1)] * 5 + [(1, 1)] * 5 + [(0, 1)] * 5
+
+
+def test_inverse_in_bfloat16_keeps_a_float32_state_near_the_exact_one():
+    flow, u, labels = trained_flow(), torch.randn(4, 32, 4), torch.arange(4) % 2
+    exact = flow.inverse(u, labels, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = flow.inverse(u, labels, 1.0)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
