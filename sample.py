@@ -13,6 +13,10 @@ Sample number i has class classes[i mod C] and noise from (seed, i). Samples are
 to the last bit where devices and threads a process are the same. Finished batches wait as files in
 OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps torchrun from reading
 --num as an abbreviation of a flag of its own.)
+
+The flow is inverted token by token, or with --sampler jacobi by iterating over many tokens at once,
+to the same latents up to --tolerance; a single picture on a GPU is where that can pay. auto times
+both first: what it took is printed, since the last bits of the pictures depend on it.
 """
 
 import argparse
@@ -22,6 +26,8 @@ import math
 import sys
 import time
 import zipfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ from train import (
     find_checkpoint,
     flag,
     load_checkpoint,
+    mean_over_processes,
     rank,
     run_program,
     sample_noise,
@@ -48,6 +55,7 @@ from train import (
     start_processes,
     stop_processes,
     to_uint8,
+    uses_bf16,
     world_size,
     write_file,
 )
@@ -89,24 +97,56 @@ def class_list(model: MIMFlow) -> str:
 # Drawing
 
 
+def in_bfloat16(options: argparse.Namespace, device: torch.device) -> bool:
+    """Whether matrices are bfloat16. Left open: on CUDA, but not for jacobi, since rounding changes
+    a latent number by about 1e-2, and no tolerance below that is met early."""
+    if options.bf16 is not None:
+        return options.bf16
+    return uses_bf16(device) and options.sampler == "sequential"
+
+
 def draw(
-    model: MIMFlow, indices: range, classes: list[int], options: argparse.Namespace
+    model: MIMFlow,
+    indices: range,
+    classes: list[int],
+    options: argparse.Namespace,
+    watch: Callable[[int, int], None] = lambda block, solved: None,
 ) -> np.ndarray:
-    """Samples number `indices` as uint8 (len(indices), H, W, 3)."""
+    """Samples number `indices` as uint8 (len(indices), H, W, 3); `watch` as in flow.inverse."""
     c, device = model.config, model.decoder.coordinates.device
     noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
     labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-    images = model.sample(
-        noise,
-        labels,
-        options.guidance,
-        options.denoise,
-        annealed=not options.constant_guidance,
-        rule=options.guidance_rule,
-    )  # (B, 3, H, W)
+    # As in training: matrices in bfloat16, cast once a batch; the flow's state stays float32.
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(options, device)):
+        images = model.sample(
+            noise,
+            labels,
+            options.guidance,
+            options.denoise,
+            annealed=not options.constant_guidance,
+            rule=options.guidance_rule,
+            sampler=options.sampler,
+            tolerance=options.tolerance,
+            watch=watch,
+        )  # (B, 3, H, W)
     if not images.isfinite().all():
         fail("pictures are not finite: lower --guidance, or train again", every_rank=True)
     return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+
+
+def choose_sampler(model: MIMFlow, classes: list[int], options: argparse.Namespace) -> str:
+    """The sampler that draws a batch of this command faster, the same on all processes."""
+    indices, seconds = range(min(options.num, options.batch_size)), {}
+    for sampler in ("sequential", "sequential", "jacobi"):  # the first only warms up
+        timed = argparse.Namespace(**{**vars(options), "sampler": sampler})
+        start = time.perf_counter()
+        draw(model, indices, classes, timed)
+        mine = torch.tensor(time.perf_counter() - start, device=model.decoder.coordinates.device)
+        seconds[sampler] = float(mean_over_processes(mine))
+    chosen = min(seconds, key=seconds.get)
+    times = ", ".join(f"{sampler} {taken:.2f} s" for sampler, taken in seconds.items())
+    say(f"--sampler {chosen}: a batch of {len(indices)} takes {times}")
+    return chosen
 
 
 def draw_all(
@@ -116,16 +156,32 @@ def draw_all(
     count = math.ceil(options.num / options.batch_size)
     paths = [parts / f"{batch:06d}.npy" for batch in range(count)]
     mine = [j for j in range(rank(), count, world_size()) if not paths[j].exists()]
+
+    # The bar counts batches, or the tokens of all blocks if there is only one batch.
+    sweeps, unit = Counter(), "batches" if len(mine) != 1 else "tokens"
+    steps = model.config.num_latents - 1  # of each block, token by token
+    total = len(mine) if unit == "batches" else steps * len(model.flow.blocks)
+    bar = tqdm(total=total, desc=unit, disable=not sys.stderr.isatty() or rank() != 0)
+
+    def watch(block: int, solved: int) -> None:
+        sweeps[block] += 1
+        bar.update(solved if unit == "tokens" else 0)
+
     start, drawn = time.perf_counter(), 0
-    for batch in tqdm(mine, desc="batches", disable=not sys.stderr.isatty() or rank() != 0):
+    for batch in mine:
         first = batch * options.batch_size
         indices = range(first, min(first + options.batch_size, options.num))
-        images = draw(model, indices, classes, options)
+        images = draw(model, indices, classes, options, watch)
         write_file(paths[batch], lambda stream, images=images: np.save(stream, images))
         drawn += len(images)
+        bar.update(unit == "batches")
+    bar.close()
     seconds = time.perf_counter() - start
     if drawn:
         say(f"{drawn} pictures in {seconds:.1f} s, {drawn / seconds:.1f} a second on this process")
+        if options.sampler == "jacobi":
+            mean = ", ".join(f"{sweeps[block] / len(mine):.1f}" for block in sorted(sweeps)[::-1])
+            say(f"sweeps a batch, deep block first: {mean}; token by token: {steps} each")
     if dist.is_initialized():
         dist.barrier()
     return paths
@@ -224,6 +280,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="how it acts",
     )
     add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
+    add(
+        "--sampler",
+        choices=("sequential", "jacobi", "auto"),
+        default="sequential",
+        help="token by token, many at once, or what is faster here (default: sequential)",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="of jacobi: largest last change of a latent number (default: 1e-5)",
+    )
+    add(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="matrices in bfloat16 (default: on CUDA, but for jacobi)",
+    )
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add(
         "--out",
@@ -244,6 +317,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{flag(name)} must be positive")
     if options.seed < 0 or not 0 <= (options.guidance or 0.0) < math.inf:
         parser.error("--seed and --guidance must not be negative, and finite")
+    if not 0 <= options.tolerance < math.inf:
+        parser.error("--tolerance must not be negative, and finite")
     return options
 
 
@@ -275,6 +350,8 @@ def main(options: argparse.Namespace) -> None:
 
     # Draw in batches over all processes, then one process puts them together.
     start_processes(device)
+    if options.sampler == "auto":
+        options.sampler = choose_sampler(model, classes, options)
     output = options.npz or options.out
     parts = output.with_name(output.name + ".parts")
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}

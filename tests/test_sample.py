@@ -1,6 +1,7 @@
 """sample.py: the same set from any number of processes, the files, and bad input."""
 
 import argparse
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_a_model_without_labels(tiny, tmp_path, capsys):
         (["--classes", "unicorn"], "--classes unicorn"),
         (["--num", "0"], "--num must be positive"),
         (["--guidance", "-1"], "must not be negative"),
+        (["--tolerance", "nan"], "must not be negative"),
+        (["--sampler", "newton"], "--sampler"),
         (["--out", "/nowhere/g.png"], "folder /nowhere"),
     ],
 )
@@ -163,3 +166,86 @@ def test_command_line_as_a_user_types_it(checkpoint, tmp_path, run_script):
     assert "step 3" in info.stdout and "finite" in info.stdout and "circle" in info.stdout
     missing = run_script("sample.py", "runs/none.pt")
     assert missing.returncode == 1 and "does not exist" in missing.stderr
+
+
+def pictures(path):
+    return np.load(path)["arr_0"].astype(int)
+
+
+@pytest.fixture
+def one_block_at_once(checkpoint):
+    """The checkpoint with an identity as shallow block: jacobi solves it in one sweep."""
+    content = torch.load(checkpoint, weights_only=True)
+    for name in ("weight", "bias"):
+        content["model"][f"flow.blocks.0.proj_out.{name}"].zero_()
+    torch.save(content, checkpoint)
+    return checkpoint
+
+
+def test_jacobi_draws_the_same_pictures_and_says_its_sweeps(one_block_at_once, tmp_path, capsys):
+    base, drawn, said = ("--num", "25", "--batch-size", "10", "--guidance", "1"), {}, {}
+    jacobi = ("--sampler", "jacobi")
+    for name, flags in dict(s=(), j=jacobi, loose=(*jacobi, "--tolerance", "1000")).items():
+        run(one_block_at_once, *base, *flags, "--npz", tmp_path / "s.npz")
+        drawn[name], said[name] = pictures(tmp_path / "s.npz"), capsys.readouterr().out
+    assert "sweeps" not in said["s"]
+    assert "sweeps a batch, deep block first: 3.0, 1.0; token by token: 3" in said["j"]
+    assert "sweeps a batch, deep block first: 1.0, 1.0; token by token: 3" in said["loose"]
+    assert abs(drawn["j"] - drawn["s"]).max() <= 1  # a number may fall to the other side of a half
+    assert (drawn["j"] != drawn["s"]).mean() < 1e-3 < (drawn["loose"] != drawn["s"]).mean()
+
+
+@pytest.mark.parametrize("faster", ["sequential", "jacobi"])
+def test_auto_takes_the_faster_sampler_and_says_which(
+    faster, checkpoint, tmp_path, monkeypatch, capsys
+):
+    real, used = sample.draw, []
+
+    def draw(model, indices, classes, options, *rest):
+        used.append((options.sampler, len(indices)))
+        time.sleep(0.0 if options.sampler == faster else 0.3)
+        return real(model, indices, classes, options, *rest)
+
+    monkeypatch.setattr(sample, "draw", draw)
+    flags = ("--sampler", "auto", "--num", "8", "--batch-size", "5", "--npz", tmp_path / "s.npz")
+    run(checkpoint, *flags)
+    assert used[:3] == [("sequential", 5), ("sequential", 5), ("jacobi", 5)]
+    assert used[3:] == [(faster, 5), (faster, 3)]
+    assert f"--sampler {faster}: a batch of 5 takes" in capsys.readouterr().out
+
+
+def test_bfloat16_rounds_the_pictures_a_little(checkpoint, tmp_path):
+    for name, flag in (("f", "--no-bf16"), ("b", "--bf16"), ("d", "--seed=0")):
+        run(checkpoint, "--num", "20", flag, "--npz", tmp_path / f"{name}.npz")
+    exact, rounded, default = (pictures(tmp_path / f"{name}.npz") for name in "fbd")
+    assert (exact == default).all()  # on a CPU
+    assert 0 < abs(exact - rounded).mean() < 5
+
+
+@pytest.mark.parametrize("change", [("--sampler", "jacobi"), ("--tolerance", "1e-3"), ("--bf16",)])
+def test_batches_of_another_sampler_are_not_mixed_in(change, checkpoint, tmp_path, monkeypatch):
+    flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
+    real, calls = sample.draw, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, *flags)
+    run(checkpoint, *flags, *change)
+    assert len(calls) == 4  # both batches again
+
+
+def test_bar_counts_tokens_of_one_batch_and_batches_of_many(
+    one_block_at_once, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for sampler in ("sequential", "jacobi"):
+        run(one_block_at_once, "--num", "5", "--sampler", sampler, "--npz", tmp_path / "s.npz")
+        assert "tokens: 100%" in (shown := capsys.readouterr().err) and "6/6" in shown
+    run(one_block_at_once, "--num", "5", "--batch-size", "2", "--npz", tmp_path / "s.npz")
+    assert "batches: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
