@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -38,6 +40,29 @@ def test_the_commands_parse(command):
 
 def test_table_and_commands_were_found():
     assert len(NAMES) >= 14 and len(COMMANDS) >= 7
+
+
+def test_every_equation_table_and_figure_of_the_paper_has_a_row():
+    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    for kind, last in {"Eq.": 11, "Tab.": 10, "Fig.": 6}.items():
+        named = set()
+        for cell in (row.split("|")[1] for row in rows):
+            for text in re.findall(re.escape(kind) + r" (\d+(?:(?:, | and | to )\d+)*)", cell):
+                numbers = [int(n) for n in re.findall(r"\d+", text)]
+                named |= set(range(numbers[0], numbers[-1] + 1)) if " to " in text else set(numbers)
+        assert named >= set(range(1, last + 1)), f"{kind} {set(range(1, last + 1)) - named}"
+
+
+def test_flags_that_the_tables_name_exist():
+    for script, flags in re.findall(r"`(\w+)\.py ((?:\w+ )?--[^`]*)`", README):
+        text = subprocess.run(
+            [sys.executable, f"{script}.py", *re.findall(r"^\w+", flags), "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert flag in text, f"{script}.py has no {flag}"
 
 
 def test_pictures_are_there_and_small():
