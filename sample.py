@@ -95,6 +95,11 @@ def class_list(model: MIMFlow) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Drawing
+#
+# A flow samples by running backwards: the deep block first, then the shallow ones, then the decoder
+# once. No mask is involved. The mask shaped the latents that the flow has learned, and those are
+# what it produces now (Sec. 3.3.2). Guidance moves each token away from what the model would expect
+# without a class (App. A); 0 is the exact inverse, and only that samples the model's own density.
 
 
 def in_bfloat16(options: argparse.Namespace, device: torch.device) -> bool:
@@ -114,6 +119,7 @@ def draw(
 ) -> np.ndarray:
     """Samples number `indices` as uint8 (len(indices), H, W, 3); `watch` as in flow.inverse."""
     c, device = model.config, model.decoder.coordinates.device
+    # Drawn on the CPU, one generator a sample: the same picture on any device, in any batch.
     noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
     labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
     # As in training: matrices in bfloat16, cast once a batch; the flow's state stays float32.
@@ -136,6 +142,7 @@ def draw(
 
 def choose_sampler(model: MIMFlow, classes: list[int], options: argparse.Namespace) -> str:
     """The sampler that draws a batch of this command faster, the same on all processes."""
+    # Which one wins depends on the device, the batch and the trained weights: nothing to look up.
     indices, seconds = range(min(options.num, options.batch_size)), {}
     for sampler in ("sequential", "sequential", "jacobi"):  # the first only warms up
         timed = argparse.Namespace(**{**vars(options), "sampler": sampler})
@@ -202,16 +209,21 @@ def open_parts(parts: Path, key: dict[str, Any]) -> None:
 
 
 def remove_parts(parts: Path) -> None:
+    """Empty the folder of finished batches; the folder itself stays."""
     for path in [*parts.glob("*.npy*"), parts / "key.json"]:
         path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing
+#
+# 50,000 pictures of 256 x 256 are 10 GB, so no function here holds more than one batch of them,
+# but for grids, which are small.
 
 
 def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
     """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,). Holds one batch at a time."""
+    # An .npz is a zip archive of .npy files: a header with the shape of the whole, then its rows.
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
@@ -232,11 +244,40 @@ def write_grid(path: Path, parts: list[Path], num_classes: int) -> None:
     images = np.concatenate([np.load(part) for part in parts])  # (n, H, W, 3)
     rows = num_classes if num_classes > 1 else math.ceil(len(images) / GRID_COLUMNS)
     columns = math.ceil(len(images) / rows)
+    # Sample i has class i mod C: place it in that row, in the column of its turn.
     grid = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
     order = np.arange(len(images))
     place = order if num_classes == 1 else order % rows * columns + order // rows
     grid[place] = images
     save_png(torch.from_numpy(grid).permute(0, 3, 1, 2) / 127.5 - 1, columns, path)
+
+
+def draw_set(
+    model: MIMFlow,
+    classes: list[int],
+    options: argparse.Namespace,
+    key: dict[str, Any],
+    npz: Path | None,
+    grid: Path | None,
+) -> None:
+    """Draw options.num samples over all processes, then write them as ADM's .npz, as a grid, or
+    both. What `key` says is what an interrupted call must have been given to go on from its
+    finished batches."""
+    output = npz or grid
+    parts = output.with_name(output.name + ".parts")
+    open_parts(parts, key)
+    files = draw_all(model, classes, options, parts)
+    if rank() == 0:
+        labels = np.array([classes[i % len(classes)] for i in range(options.num)])
+        if npz is not None:
+            write_npz(npz, files, labels)
+            say(f"{npz}: {options.num} pictures, {len(set(classes))} classes")
+        if grid is not None:
+            write_grid(grid, files, len(classes))
+        remove_parts(parts)
+        parts.rmdir()
+    if dist.is_initialized():
+        dist.barrier()  # nobody reads the files before they are there
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,61 +297,42 @@ def show_info(path: Path, model: MIMFlow) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of sample.py; what is left open is decided in `main`, which knows the model."""
     parser = Parser(description="Draw pictures from a trained MIMFlow.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run (default: the newest runs/*/model.pt)")
     add("--info", action="store_true", help="describe the checkpoint and stop")
-    add(
-        "--classes",
-        nargs="+",
-        metavar="C",
-        help="class indices or names (default: all, or 8 of many)",
-    )
-    add("--num", type=int, help=f"pictures in all (default: {GRID_COLUMNS} a class)")
-    add("--guidance", type=float, help="weight of guidance, 0 = none (default: the preset's)")
-    add(
-        "--constant-guidance",
-        action="store_true",
-        help="the same weight for every token, not growing",
-    )
-    add(
-        "--guidance-rule",
-        choices=("tarflow", "starflow"),
-        default="tarflow",
-        help="how it acts",
-    )
+
+    add = parser.add_argument_group("what to draw (Sec. 3.2.2, App. A)").add_argument
+    text = "class indices or names (default: all, or 8 of many)"
+    add("--classes", nargs="+", metavar="C", help=text)
+    add("--num", type=int, metavar="N", help=f"pictures in all (default: {GRID_COLUMNS} a class)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    text = "weight of guidance, 0 = none (default: the preset's; paper's release: 2)"
+    add("--guidance", type=float, metavar="W", help=text)
+    text = "the same weight for every token, not growing"
+    add("--constant-guidance", action="store_true", help=text)
+    rules = ("tarflow", "starflow")
+    add("--guidance-rule", choices=rules, default="tarflow", help="how it acts (default: tarflow)")
     add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
-    add(
-        "--sampler",
-        choices=("sequential", "jacobi", "auto"),
-        default="sequential",
-        help="token by token, many at once, or what is faster here (default: sequential)",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        help="of jacobi: largest last change of a latent number (default: 1e-5)",
-    )
-    add(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        help="matrices in bfloat16 (default: on CUDA, but for jacobi)",
-    )
-    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    add(
-        "--out",
-        type=Path,
-        metavar="PNG",
-        help="grid, a row a class (default: grid.png by the checkpoint)",
-    )
-    add(
-        "--npz", type=Path, metavar="NPZ", help="all pictures in ADM's format instead: arr_0, arr_1"
-    )
-    add(
-        "--batch-size", type=int, default=64, help="pictures at a time on one process (default: 64)"
-    )
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+
+    add = parser.add_argument_group("how to invert the flow").add_argument
+    ways = ("sequential", "jacobi", "auto")
+    text = "token by token, many at once, or what is faster here (default: sequential)"
+    add("--sampler", choices=ways, default="sequential", help=text)
+    text = "of jacobi: largest last change of a latent number (default: 1e-5)"
+    add("--tolerance", type=float, default=1e-5, metavar="X", help=text)
+    text = "matrices in bfloat16 (default: on CUDA, but for jacobi)"
+    add("--bf16", action=argparse.BooleanOptionalAction, help=text)
+    text = "pictures at a time on one process (default: 64)"
+    add("--batch-size", type=int, default=64, metavar="N", help=text)
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+
+    add = parser.add_argument_group("output").add_argument
+    text = "grid, a row a class (default: grid.png beside the checkpoint)"
+    add("--out", type=Path, metavar="PNG", help=text)
+    text = "all pictures in ADM's format instead: arr_0, arr_1"
+    add("--npz", type=Path, metavar="NPZ", help=text)
     options = parser.parse_args(arguments)
     for name in ("num", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -323,6 +345,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Draw what the flags ask for."""
     # The model and what to draw; everything that can be wrong is checked before the work.
     device = select_device(options.device)
     path = find_checkpoint(options.checkpoint)
@@ -352,26 +375,17 @@ def main(options: argparse.Namespace) -> None:
     start_processes(device)
     if options.sampler == "auto":
         options.sampler = choose_sampler(model, classes, options)
-    output = options.npz or options.out
-    parts = output.with_name(output.name + ".parts")
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
+    # Finished batches of an interrupted command may be used again only if everything that decides
+    # about pixels is the same: the weights as well, so their hash is part of the key.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     key |= {"classes": classes, "checkpoint": digest, "device": device.type}
-    open_parts(parts, key)
-    files = draw_all(model, classes, options, parts)
-    if rank() == 0:
-        labels = np.array([classes[i % len(classes)] for i in range(options.num)])
-        if options.npz is not None:
-            write_npz(options.npz, files, labels)
-            say(f"{options.npz}: {options.num} pictures, {len(set(classes))} classes")
-        if options.out is not None:
-            write_grid(options.out, files, len(classes))
-            say(
-                f"{options.out}: guidance {options.guidance:g}, seed {options.seed}; "
-                f"rows: {row_names(model, classes)}"
-            )
-        remove_parts(parts)
-        parts.rmdir()
+    draw_set(model, classes, options, key, options.npz, options.out)
+    if options.out is not None:
+        say(
+            f"{options.out}: guidance {options.guidance:g}, seed {options.seed}; "
+            f"rows: {row_names(model, classes)}"
+        )
     stop_processes()
 
 

@@ -110,6 +110,11 @@ def fail(message: str, code: int = 1, every_rank: bool = False) -> NoReturn:
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
+#
+# One flat dataclass is the whole truth about a run. Its defaults are the paper's; a preset changes
+# some of them, flags of the same names change more, and what results is written to config.json and
+# into every checkpoint. So a model can be rebuilt from its file alone, and a run that is continued
+# with other settings can be refused by name.
 
 
 def option(default: Any, help: str, **argparse_options: Any) -> Any:
@@ -469,6 +474,10 @@ class ShapesDataset(Dataset):
 
 # --------------------------------------------------------------------------------------------------
 # Pictures from a folder
+#
+# ADM's recipe (App. A), since FID compares with its reference statistics: another resize alone
+# moves it. Values are in [-1, 1] from here to the decoder's output. Nothing is cached: the latents
+# of an encoder that still learns, of a picture that is masked anew each time, never come twice.
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -678,7 +687,13 @@ class StepSampler(Sampler):
 
 
 # --------------------------------------------------------------------------------------------------
-# The model
+# The model, and what is random in a step
+#
+# All that is random in step s is drawn from one generator seeded with (seed, s), for the GLOBAL
+# batch; every process draws it all and takes its rows. That costs microseconds and buys three
+# things: nothing random has to be saved, a resumed run is the uninterrupted one, and two processes
+# are one. (A stream for each process, or a mean over its own number of masked patches, would break
+# the last.)
 
 
 def ramp(step: int, length: float) -> float:
@@ -785,6 +800,10 @@ class MIMFlow(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # The objectives of the two phases
+#
+# Each is a module whose forward is one training step up to the scalar loss: one thing to compile
+# and one to wrap in DistributedDataParallel, whose gradient averaging is tied to a forward call.
+# Frozen networks are held where torch does not look for parameters.
 
 
 class Critics(NamedTuple):
@@ -937,6 +956,10 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 # --------------------------------------------------------------------------------------------------
 # Processes and devices: plain `python` is a world of one
+#
+# torchrun starts the processes and tells each its place in environment variables. rank() counts
+# over all machines and decides which rows of a batch are this process's, LOCAL_RANK counts on one
+# machine and decides which GPU is.
 
 
 def rank() -> int:
@@ -1057,6 +1080,10 @@ def lock_folder(folder: Path) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain Python values only, read with weights_only=True
+#
+# A pickle can run code when it is read; with weights_only torch refuses those that would. Writing
+# goes to a temporary file, is synced and renamed, so a kill at any moment leaves the old file or
+# the new one. The bare model is saved, never what compile or DDP wrap around it.
 #
 #   last.pt      format, step, config, class_names, model, ema, optimizer, skipped, and auxiliary
 #                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
@@ -1232,6 +1259,25 @@ def check_same_run(stored: Config, config: Config, run_dir: Path) -> None:
         )
 
 
+def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None in a fresh run folder; refuses what does not fit."""
+    run_dir = config.run_dir
+    found = find_last(run_dir)
+    if found is None:
+        if (run_dir / "model.pt").exists():
+            fail(
+                f"{run_dir} holds a model.pt but no last.pt to go on from: use --out FOLDER for a "
+                "new run or --overwrite to replace it",
+                2,
+            )
+        return None
+    checkpoint = read_checkpoint(found)
+    check_same_run(config_from_dict(checkpoint["config"], found), config, run_dir)
+    if tuple(checkpoint["class_names"]) != class_names:
+        fail(f"{run_dir} was trained on other classes than those of --data: --out or --overwrite")
+    return checkpoint
+
+
 def start_over(run_dir: Path) -> None:
     """Remove what an earlier run left in its folder, and nothing else."""
     names = ("last.pt", "previous.pt", "model.pt", "log.jsonl", "config.json")
@@ -1326,30 +1372,14 @@ def main(config: Config, overwrite: bool = False) -> None:
     config = resolve(config, dataset)
     c, run_dir = config, config.run_dir
     last, log_path = run_dir / "last.pt", run_dir / "log.jsonl"
-    checkpoint, found = None, None
     overwrite = overwrite and restarts() == 0  # what torchrun starts again is this very run
-    if not overwrite:
-        found = find_last(run_dir)
-        if found is None and (run_dir / "model.pt").exists():
-            fail(
-                f"{run_dir} holds a model.pt but no last.pt to go on from: use --out FOLDER for a "
-                "new run or --overwrite to replace it",
-                2,
-            )
-    if found is not None:
-        checkpoint = read_checkpoint(found)
-        check_same_run(config_from_dict(checkpoint["config"], found), config, run_dir)
-        if tuple(checkpoint["class_names"]) != dataset.class_names:
-            fail(
-                f"{run_dir} was trained on other classes than those of --data: "
-                "use --out or --overwrite"
-            )
-        if checkpoint["step"] >= c.steps:
-            say(
-                f"{run_dir} is finished ({checkpoint['step']} steps): --steps N "
-                "goes on, --overwrite starts again"
-            )
-            return
+    checkpoint = None if overwrite else earlier_work(config, dataset.class_names)
+    if checkpoint is not None and checkpoint["step"] >= c.steps:
+        say(
+            f"{run_dir} is finished ({checkpoint['step']} steps): --steps N goes on, "
+            "--overwrite starts again"
+        )
+        return
     trained = None
     if c.init is not None and checkpoint is None:
         trained = load_checkpoint(c.init)
@@ -1375,18 +1405,21 @@ def main(config: Config, overwrite: bool = False) -> None:
         model.decoder.load_state_dict(trained.decoder.state_dict())
         if c.phase == "decoder":
             model.flow.load_state_dict(trained.flow.state_dict())
+    # The average is what is sampled from and shared; it starts as a copy and follows slowly.
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     discriminator = None
     if c.phase == "joint":
         training = JointTraining(model, critics).to(device)
     else:
         if c.gan_weight:
+            # channels_last is the layout in which bfloat16 convolutions are fastest on a GPU.
             discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
-            if device.type == "cuda" and world_size() > 1:
+            if device.type == "cuda" and world_size() > 1:  # not implemented on the CPU
                 discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         training = DecoderTraining(model, critics, discriminator)
 
-    # One player, or in phase 2 two: each with its own optimizer.
+    # One player, or in phase 2 two: each with its own optimizer. `saved` is all that a step changes
+    # and the next one needs, by its name in last.pt.
     players = (
         [training] if discriminator is None else [training, DiscriminatorTraining(discriminator)]
     )
@@ -1467,6 +1500,8 @@ def main(config: Config, overwrite: bool = False) -> None:
         if not terminal:
             say(f"step {step}/{c.steps}  {text}  {line['ms_per_step']:.0f} ms")
 
+    # The loop. Nothing in it waits for the GPU but logging and saving: the host stays ahead and
+    # keeps the device busy.
     logged, since, complete = start, time.perf_counter(), True
     # Counts are read from the device with the log. On a CPU reading costs nothing: every step.
     check_every = 1 if device.type == "cpu" else c.log_every
@@ -1482,7 +1517,8 @@ def main(config: Config, overwrite: bool = False) -> None:
         nll_weight = c.nll_weight * ramp(step, c.nll_warmup)
         broken.add(bad)
 
-        # Gradient of the mean over the global batch: parts of a process first, then DDP.
+        # Gradient of the mean over the global batch: the parts of a process add up (--grad-accum),
+        # and with the last part DDP averages over processes while the backward pass still runs.
         images = images.to(device, dtype, non_blocking=True)  # (share, 3, H, W)
         labels = labels.to(device, non_blocking=True)  # (share,)
         if c.num_classes == 0:
@@ -1500,6 +1536,7 @@ def main(config: Config, overwrite: bool = False) -> None:
                     images[here], labels[here], part_draws, nll_weight
                 )
             (loss / c.grad_accum).backward()
+            # Both players answer the same pictures, and both move at the end of the step.
             if discriminator is not None:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss, more_logs = steppers[1](images[here], painted)
