@@ -18,11 +18,15 @@
 The five numbers of generation are defined by ADM's evaluation suite (Dhariwal & Nichol 2021),
 whose .npz files are read and written here. They depend on the number of pictures, on the file they
 are compared with and on the very weights of the Inception network (torchvision's are others), so
-each number is printed and written (--json) together with its protocol.
+each number is printed and written (--json) together with its protocol: what was measured, and how.
 
 Numbers do not depend on --batch-size or on the number of processes, but for rounding: sample and
 picture i has its own random stream, from (seed, i); process r handles batches r, r + world_size,
 ...; process 0 puts them in order and computes the rest alone.
+
+Pictures are in [0, 255] where Inception looks, and in [-1, 1] where the model does. The file reads
+in this order: sets of pictures, batches over processes, Inception, the formulas, then a section for
+each subcommand: its first lines say what its numbers mean, and how they are misread.
 """
 
 import argparse
@@ -93,18 +97,23 @@ from train import (
     write_file,
 )
 
+# ADM's metrics
 INCEPTION_SIDE = 299  # pixels
 SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, 17 x 17 each: sFID's 2023 numbers
 SCORE_SPLIT = 5000  # pictures a split of the Inception Score
 NEIGHBOUR = 3  # k of precision and recall
+# Pictures that a metric needs on each side: a covariance has 2, a third neighbour 3 others.
 LEAST = {"fid": 2, "sfid": 2, "rfid": 2, "inception_score": 1, "precision": 4, "recall": 4}
 BLOCK = 2048  # rows held in float64 at a time
+
+# Reconstruction
 BOX = 21  # side of the box filter that parts low from high frequencies, pixels
 SHOWN = 8  # pictures in a row of the reconstruction grid
 
 # The linear probe (Sec. 4.1.1; what the paper leaves open, from its release)
 PROBE_EPOCHS, PROBE_BATCH, PROBE_LR, PROBE_MOMENTUM, PROBE_DECAY = 90, 2048, 0.1, 0.9, 1e-4
 
+# Cost
 TOKENS = (64, 128, 256, 1024)  # numbers of latent tokens compared in Tab. 10
 WARM_UP = 2  # calls before those that are timed
 LONG_ENOUGH = 10.0  # seconds after which a timing is not repeated any more
@@ -112,6 +121,11 @@ LONG_ENOUGH = 10.0  # seconds after which a timing is not repeated any more
 
 # --------------------------------------------------------------------------------------------------
 # Sets of pictures: an .npz file of ADM's format, or a folder
+#
+# Papers exchange samples as one .npz: arr_0 holds the pictures, and reference files hold besides
+# them the mean and covariance of the features of the whole training set. ADM's VIRTUAL_ file has
+# 10,000 pictures, but statistics of 1.28 million: FID and sFID use the statistics, precision and
+# recall the pictures.
 
 
 class PictureSet(Dataset):
@@ -120,7 +134,10 @@ class PictureSet(Dataset):
     path: an .npz with arr_0 (n, H, W, 3), uint8 or any numbers, and perhaps the statistics mu,
     sigma, mu_s, sigma_s of ADM's reference files; or a folder, all pictures below it sorted by
     path. crop: side in pixels to which pictures of a folder are cropped as in training; None
-    leaves them alone. self[range] is a float32 batch (n, 3, H, W).
+    leaves them alone. self[range] is a float32 batch (n, 3, H, W), neither clipped nor rounded.
+
+    What cannot be a set of pictures ends the program with one line; a picture that turns out to
+    be damaged when it is read raises BrokenImage.
     """
 
     def __init__(self, path: Path, crop: int | None = None):
@@ -161,9 +178,9 @@ class PictureSet(Dataset):
         """Find out what an .npz file holds, without reading its pictures."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                names = set(archive.namelist())
-                if "arr_0.npy" not in names:
-                    held = ", ".join(sorted(n.removesuffix(".npy") for n in names)) or "nothing"
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+                if "arr_0" not in names:
+                    held = ", ".join(sorted(names)) or "nothing"
                     fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
                 with archive.open("arr_0.npy") as stream:
                     shape, fortran, self.dtype = read_header(stream)
@@ -175,10 +192,10 @@ class PictureSet(Dataset):
                 "width, 3) in 0..255"
             )
         self.count, self.shape = shape[0], shape[1:]
-        self.has_statistics = "mu.npy" in names  # ADM asks for mu alone, then reads all four
-        missing = {f"{name}.npy" for name in ("sigma", "mu_s", "sigma_s")} - names
+        self.has_statistics = "mu" in names  # ADM asks for mu alone, then reads all four
+        missing = {"sigma", "mu_s", "sigma_s"} - names
         if self.has_statistics and missing:
-            fail(f"{self.path} has mu but no {', '.join(sorted(n[:-4] for n in missing))}")
+            fail(f"{self.path} has mu but no {', '.join(sorted(missing))}")
         if fortran:
             self.array = np.load(self.path, allow_pickle=False)["arr_0"]
 
@@ -203,12 +220,16 @@ class PictureSet(Dataset):
         return np.asarray(picture if self.crop is None else adm_crop(picture, self.crop))
 
     def read_npz(self, indices: range) -> np.ndarray:
-        """Rows of arr_0 (n, H, W, 3) out of the archive, compressed or not."""
+        """Rows of arr_0 (n, H, W, 3) out of the archive, compressed or not.
+
+        np.load would unpack all of arr_0 into memory. In C order the rows lie one after the other
+        in the stream, and zipfile can seek in it (by unpacking what is between, if compressed).
+        """
         if self.stream is None:
             self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
             read_header(self.stream)
             self.start = self.stream.tell()
-        size = math.prod(self.shape) * self.dtype.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize  # bytes a picture
         try:
             self.stream.seek(self.start + indices.start * size)
             data = self.stream.read(len(indices) * size)
@@ -218,9 +239,9 @@ class PictureSet(Dataset):
 
     def statistics(self) -> dict[str, np.ndarray]:
         """mu (2048,), sigma (2048, 2048), mu_s (2023,), sigma_s (2023, 2023) of the file."""
+        names = ("mu", "sigma", "mu_s", "sigma_s")
         with np.load(self.path, allow_pickle=False) as file:
-            found = {name: file[name].astype(np.float64) for name in ("mu", "mu_s")}
-            found |= {name: file[name].astype(np.float64) for name in ("sigma", "sigma_s")}
+            found = {name: file[name].astype(np.float64) for name in names}
         for name, side in {"mu": 2048, "mu_s": 2023}.items():
             shapes = found[name].shape, found["sigma" + name[2:]].shape
             if shapes != ((side,), (side, side)):
@@ -256,8 +277,16 @@ def file_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """What the protocol says of a file: a name can lie about its content, a hash cannot."""
+    return {"file": str(path), "sha256": file_sha256(path)}
+
+
 # --------------------------------------------------------------------------------------------------
 # Batches over all processes
+#
+# Networks run on all processes; formulas run once, on rank 0, over what all of them found. Nothing
+# is averaged over processes: FID, for one, is not the mean of the FIDs of parts.
 
 
 def progress(work: Iterable, description: str) -> tqdm:
@@ -266,28 +295,26 @@ def progress(work: Iterable, description: str) -> tqdm:
 
 
 def sharded(
-    data: Dataset,
-    count: int,
-    work: Callable[[range, Any], Any],
-    description: str,
-    flags: argparse.Namespace,
+    data: Dataset, work: Callable[[Any], Any], description: str, flags: argparse.Namespace
 ) -> list[Any] | None:
-    """work(indices, data[indices]) for every batch of 0..count-1, batch j on process j mod
-    world_size. On rank 0 the results in order, None elsewhere. `work` moves what it returns to the
-    CPU."""
+    """work(data[range]) for every batch of `data`, batch j on process j mod world_size.
+
+    On rank 0 the results in order, None elsewhere. `work` moves what it returns to the CPU: it is
+    pickled on its way to rank 0. No picture counts twice: a DistributedSampler would repeat some,
+    to give all processes equally many, and every mean would be another.
+    """
     size = flags.batch_size
-    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    mine = ranges[rank() :: world_size()]
+    ranges = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
     # batch_size None: an item of `data` is already a batch. The loader's own generator leaves the
     # global one alone.
     loader = DataLoader(
         data,
-        sampler=mine,
+        sampler=ranges[rank() :: world_size()],
         batch_size=None,
         num_workers=flags.num_workers,
         generator=torch.Generator(),
     )
-    done = [work(i, batch) for i, batch in zip(mine, progress(loader, description), strict=True)]
+    done = [work(batch) for batch in progress(loader, description)]
     if not dist.is_initialized():
         return done
     gathered = [None] * world_size() if rank() == 0 else None
@@ -298,8 +325,13 @@ def sharded(
 
 
 # --------------------------------------------------------------------------------------------------
-# The Inception network of the FID (graph of 2015-12-05), with the parameter names of its published
-# conversion to PyTorch. It differs from torchvision's in the marked places and in its weights.
+# The Inception network of the FID
+#
+# FID is defined by one network: TensorFlow's Inception v3 graph of 2015-12-05, with the parameter
+# names of its published conversion to PyTorch. torchvision's inception_v3 has other weights and
+# differs in four more places: how pictures are resized and scaled, average pooling that does not
+# count padding, a maximum pooling in the last block, and 1008 outputs. Each of these moves the FID,
+# so numbers of two different Inceptions do not compare.
 
 
 class Conv(NamedTuple):
@@ -311,7 +343,12 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-# A branch is a list of steps: a Conv, several side by side (a tuple inside a list), or a pooling.
+def chain(name: str, *convolutions: tuple) -> list[Conv]:
+    """name_1, name_2, ... one after the other, each (channels, kernel, stride)."""
+    return [Conv(f"{name}_{i}", *given) for i, given in enumerate(convolutions, start=1)]
+
+
+# A branch is a list of steps: a Conv, several side by side (a list inside the list), or a pooling.
 Step = Conv | list[Conv] | Callable[[Tensor], Tensor]
 Branches = list[list[Step]]
 
@@ -327,12 +364,8 @@ def branches_a(pool: int) -> Branches:
     """35 x 35: Mixed_5b, 5c, 5d."""
     return [
         [Conv("branch1x1", 64)],
-        [Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))],
-        [
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, (3, 3)),
-            Conv("branch3x3dbl_3", 96, (3, 3)),
-        ],
+        chain("branch5x5", (48,), (64, (5, 5))),
+        chain("branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3))),
         [AVERAGE, Conv("branch_pool", pool)],
     ]
 
@@ -341,31 +374,18 @@ def branches_b() -> Branches:
     """35 x 35 -> 17 x 17: Mixed_6a."""
     return [
         [Conv("branch3x3", 384, (3, 3), 2)],
-        [
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, (3, 3)),
-            Conv("branch3x3dbl_3", 96, (3, 3), 2),
-        ],
+        chain("branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3), 2)),
         [SHRINK],
     ]
 
 
-def branches_c(inner: int) -> Branches:
-    """17 x 17: Mixed_6b, 6c, 6d, 6e."""
+def branches_c(c: int) -> Branches:
+    """17 x 17: Mixed_6b, 6c, 6d, 6e. A 7 x 7 is taken apart into 1 x 7 and 7 x 1: cheaper."""
+    wide, high = (1, 7), (7, 1)
     return [
         [Conv("branch1x1", 192)],
-        [
-            Conv("branch7x7_1", inner),
-            Conv("branch7x7_2", inner, (1, 7)),
-            Conv("branch7x7_3", 192, (7, 1)),
-        ],
-        [
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, (7, 1)),
-            Conv("branch7x7dbl_3", inner, (1, 7)),
-            Conv("branch7x7dbl_4", inner, (7, 1)),
-            Conv("branch7x7dbl_5", 192, (1, 7)),
-        ],
+        chain("branch7x7", (c,), (c, wide), (192, high)),
+        chain("branch7x7dbl", (c,), (c, high), (c, wide), (c, high), (192, wide)),
         [AVERAGE, Conv("branch_pool", 192)],
     ]
 
@@ -373,30 +393,22 @@ def branches_c(inner: int) -> Branches:
 def branches_d() -> Branches:
     """17 x 17 -> 8 x 8: Mixed_7a."""
     return [
-        [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)],
-        [
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, (1, 7)),
-            Conv("branch7x7x3_3", 192, (7, 1)),
-            Conv("branch7x7x3_4", 192, (3, 3), 2),
-        ],
+        chain("branch3x3", (192,), (320, (3, 3), 2)),
+        chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2)),
         [SHRINK],
     ]
 
 
 def branches_e(pooling: Callable[[Tensor], Tensor]) -> Branches:
-    """8 x 8: Mixed_7b, 7c."""
+    """8 x 8: Mixed_7b, 7c. Two branches end in a pair of convolutions, side by side."""
+
+    def pair(name: str) -> list[Conv]:
+        return [Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))]
+
     return [
         [Conv("branch1x1", 320)],
-        [
-            Conv("branch3x3_1", 384),
-            [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))],
-        ],
-        [
-            Conv("branch3x3dbl_1", 448),
-            Conv("branch3x3dbl_2", 384, (3, 3)),
-            [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))],
-        ],
+        [*chain("branch3x3", (384,)), pair("branch3x3_2")],
+        [*chain("branch3x3dbl", (448,), (384, (3, 3))), pair("branch3x3dbl_3")],
         [pooling, Conv("branch_pool", 192)],
     ]
 
@@ -423,7 +435,7 @@ class InceptionBlock(nn.Module):
             channels = inputs
             for step in branch:
                 convs = step if isinstance(step, list) else [step]
-                convs = [conv for conv in convs if isinstance(conv, Conv)]
+                convs = [conv for conv in convs if isinstance(conv, Conv)]  # a pooling has none
                 for conv in convs:
                     padding = [k // 2 if conv.stride == 1 else 0 for k in conv.kernel]
                     layer = ConvNormReLU(channels, conv.channels, conv.kernel, conv.stride, padding)
@@ -442,7 +454,10 @@ class InceptionBlock(nn.Module):
 
 
 class FIDInception(losses.Frozen):
-    """The network whose features define FID, sFID, IS, precision and recall."""
+    """The network whose features define FID, sFID, IS, precision and recall.
+
+    Random weights until load_inception loads the published ones.
+    """
 
     def __init__(self):
         super().__init__()
@@ -477,7 +492,12 @@ class FIDInception(losses.Frozen):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) float32 in [0, 255] -> pool (B, 2048), spatial (B, 2023)."""
+        """images (B, 3, H, W) float32 in [0, 255] -> pool (B, 2048), spatial (B, 2023).
+
+        pool is an average over the picture: what is in it. spatial, from a layer in the middle,
+        keeps its places, 17 x 17: where things are; sFID is the FID of these.
+        """
+        # Not x / 127.5 - 1, which pytorch-fid has: 255 becomes 0.992.
         x = (tf1_resize(images, INCEPTION_SIDE) - 128) * 0.0078125  # (B, 3, 299, 299) in [-1, 1)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(SHRINK(x)))  # (B, 192, 71, 71)
@@ -486,7 +506,8 @@ class FIDInception(losses.Frozen):
             x = getattr(self, name)(x)
             if name == "Mixed_6d":
                 # Its first channels are those of branch1x1. TensorFlow's order, (17, 17, 7), is
-                # that of mu_s and sigma_s in ADM's files.
+                # that of mu_s and sigma_s in ADM's files. With (7, 17, 17) the sFID of two folders
+                # is the same, and that against a file is nonsense: some ports print 299 for 6.1.
                 spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 2023)
         return x.mean(dim=(2, 3)), spatial
 
@@ -499,7 +520,8 @@ def tf1_resize(images: Tensor, side: int) -> Tensor:
     """TensorFlow 1's bilinear resize, (B, C, H, W) -> (B, C, side, side), float32.
 
     Output pixel i reads position i * in / out: no half-pixel centres, no antialiasing, so that
-    F.interpolate cannot do it. The horizontal blend comes first; all in float32, to the bit.
+    F.interpolate cannot do it. The horizontal blend comes first; all in float32, to the bit. FIDs
+    with different resizes do not compare (Parmar et al. 2022).
     """
     for dim in (3, 2):
         length = images.shape[dim]
@@ -526,10 +548,10 @@ def load_inception(path: str | None, device: torch.device) -> tuple[FIDInception
     if weights == losses.RANDOM:
         return network.to(device), {"inception": losses.RANDOM}
     losses.load_weights(network, "inception", weights, without_counters)
-    digest = file_sha256(weights)
-    if not digest.startswith(losses.WEIGHT_FILES["inception"].sha256):
+    described = describe_file(weights)
+    if not described["sha256"].startswith(losses.WEIGHT_FILES["inception"].sha256):
         say(f"note: {weights} is not the published Inception, its numbers compare with no paper's")
-    return network.to(device), {"inception": {"file": str(weights), "sha256": digest}}
+    return network.to(device), {"inception": described}
 
 
 def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -550,12 +572,23 @@ def inception_features(network: FIDInception, images: Tensor) -> tuple[np.ndarra
 
 # --------------------------------------------------------------------------------------------------
 # ADM's five numbers, from features
+#
+#     FID, sFID   |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)    lower is better, 0 = equal
+#     IS          exp E_x KL(p(y|x) || E_x p(y|x))                      higher, 1 to 1008
+#     precision   share of the samples that lie among reference pictures  higher, 0 to 1: fidelity
+#     recall      share of the reference that lies among samples          higher, 0 to 1: variety
+#
+# FID alone is biased: a covariance estimated from few pictures makes it larger, by an amount that
+# depends on the model, so that even an order of models at 10,000 samples (Tab. 8) says little about
+# that at 50,000 (Tab. 3).
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), float64, over N - 1.
 
-    In two passes, a block of rows at a time: float32 features are all that is held.
+    In two passes, a block of rows at a time: float32 features are all that is held. One pass,
+    E x x^T - mu mu^T, would subtract large numbers that are nearly equal; in float32 that alone
+    costs digits of the FID.
     """
     mean = features.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((len(mean), len(mean)))
@@ -568,14 +601,19 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(
     mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
 ) -> float:
-    """FID of two Gaussians: |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2).
+    """Heusel et al. 2017: |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2).
 
-    The last trace is that of (M^T sigma2 M)^(1/2) with sigma1 = M M^T: symmetric, so that nothing
-    becomes complex and singular covariances (fewer pictures than features) are no special case.
+    The squared Wasserstein distance of two Gaussians with these means (D,) and covariances (D, D),
+    in squared units of the features. Equal sets may give -1e-8, as in ADM.
+
+    paper (ADM): scipy's sqrtm of sigma1 sigma2, which is not symmetric; its root becomes complex
+    when there are fewer pictures than features. Here: the trace of (M^T sigma2 M)^(1/2), where
+    sigma1 = M M^T. It is the same number (both matrices have the same eigenvalues), but of a
+    symmetric matrix, so that nothing becomes complex and singular covariances are no special case.
     """
     eigenvalues, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(eigenvalues.clip(min=0))  # M
-    squares = np.linalg.eigvalsh(root.T @ sigma2 @ root)
+    root = vectors * np.sqrt(eigenvalues.clip(min=0))  # M (D, D); rounding makes zeros negative
+    squares = np.linalg.eigvalsh(root.T @ sigma2 @ root)  # (D,)
     cross = np.sqrt(squares.clip(min=0)).sum()
     difference = mu1 - mu2
     return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
@@ -583,30 +621,43 @@ def frechet_distance(
 
 @torch.no_grad()
 def inception_score(network: FIDInception, pool: np.ndarray) -> float:
-    """exp of the mean KL(p(y given x) || p(y)) over pool features (N, 2048) of the samples.
+    """Salimans et al. 2016: exp of the mean KL(p(y|x) || p(y)), nats, of pool features (N, 2048).
 
-    Splits are runs of 5000 rows in file order, a shorter last one counts as much; the score is
-    their mean. In log space, as a probability may be 0 in floating point.
+    High when each sample is surely of one class (p(y|x) is sharp) and all classes occur (p(y) is
+    flat). It never looks at a real picture: a single perfect sample a class would do.
+
+    p(y) is the mean of p(y|x) over a split. Splits are runs of 5000 rows in file order, a shorter
+    last one counts as much; the score is their mean. So the order of a file matters: sorted by
+    class, a split has few classes and the score falls. In log space, as a probability may be 0 in
+    floating point.
     """
     scores = []
     for split in torch.from_numpy(pool).split(SCORE_SPLIT):
         logits = network.logits(split.to(network.fc.weight)).cpu()  # (n, 1008)
         log_p = logits.double().log_softmax(dim=1)
-        log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))  # log p(y), (1008,)
         divergence = (log_p.exp() * (log_p - log_mean)).sum(dim=1)  # (n,)
         scores.append(float(divergence.mean().exp()))
     return float(np.mean(scores))
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n), float64: in ADM's float16 distances tie, and `<=` admits more."""
+    """(m, D), (n, D) -> (m, n), float64.
+
+    ADM computes |a|^2 - 2 a.b + |b|^2 in float16, whose steps at |a|^2 = 500 are 0.25 to 0.5: many
+    distances tie, `<=` admits more, and how many depends on the hardware. float32 is good to seven
+    digits of the norms, not of the small difference that is left of them.
+    """
     a, b = a.double(), b.double()
     squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
     return (squares - 2 * a @ b.T).clamp_(min=0)
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
-    """Squared distance (N,) of each row of (N, D) to its third nearest other row."""
+    """Squared distance (N,) of each row of (N, D) to its third nearest other row, N >= 4.
+
+    A merge over blocks of columns: of 50,000 rows all distances would take 20 GB.
+    """
     radii = []
     for rows in progress(features.split(BLOCK), "radii"):
         nearest = rows.new_empty(len(rows), 0, dtype=torch.float64)
@@ -630,18 +681,24 @@ def share_covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 
 def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019 with k = 3 on pool features (S, 2048), (R, 2048).
+    """Kynkaanniemi et al. 2019 with k = 3 on pool features (S, 2048), (R, 2048), S and R >= 4.
 
-    Precision: share of the samples within reach of a reference picture; recall: share of the
-    reference within reach of a sample. ADM prints 0.001 to 0.0025 more, because it computes in
-    float16 (see squared_distances).
+    A set "is" the union of balls around its points that reach to the third neighbour. Precision:
+    share of the samples within the reference; recall: share of the reference within the samples.
+    More points make smaller balls, so both depend on both counts: papers have 50,000 samples and
+    10,000 pictures. ADM prints 0.001 to 0.0025 more (see squared_distances).
     """
     precision = share_covered(samples, reference, neighbour_radii(reference))
     return precision, share_covered(reference, samples, neighbour_radii(samples))
 
 
 # --------------------------------------------------------------------------------------------------
-# generation (Tab. 3)
+# generation (Tab. 3; the columns gFID to Rec. of Tab. 5, 8 and 9)
+#
+# Are the samples like real pictures, and as varied? A number compares with a paper's only if the
+# reference file, the count (50,000, or 10,000 in Tab. 8), the guidance and the Inception are the
+# same. Compare FIDs with and without guidance apart: guidance sharpens each picture (precision, IS
+# up) and narrows the set (recall down), and FID is best somewhere between.
 
 
 class MeasuredSet(NamedTuple):
@@ -661,10 +718,8 @@ class MeasuredSet(NamedTuple):
 
     def lacks(self, metric: str) -> str | None:
         """Why the set is too small for a metric, if it is."""
-        count, known = (
-            len(self.pictures),
-            self.pictures.has_statistics and metric in ("fid", "sfid"),
-        )
+        count = len(self.pictures)
+        known = self.pictures.has_statistics and metric in ("fid", "sfid")
         if known or count >= LEAST[metric]:
             return None
         return f"needs {LEAST[metric]} pictures, {self.pictures.path} has {count}"
@@ -696,10 +751,8 @@ def generation(flags: argparse.Namespace) -> dict[str, Any] | None:
     protocol["precision_recall"] = "float64; ADM's float16 gives 0.001 to 0.0025 more"
 
     # Features of all pictures, on all processes; the rest on rank 0.
-    def extract(indices: range, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return inception_features(network, images)
-
-    parts = [sharded(s, len(s), extract, s.path.name, flags) for s in (samples, reference)]
+    extract = functools.partial(inception_features, network)
+    parts = [sharded(s, extract, s.path.name, flags) for s in (samples, reference)]
     stop_processes()
     if rank() != 0:
         return None
@@ -707,10 +760,8 @@ def generation(flags: argparse.Namespace) -> dict[str, Any] | None:
         say(f"note: papers use 50,000 samples, not {len(samples):,}, and FID depends on the number")
     measured = []
     for pictures in (samples, reference):
-        pools, spatials = zip(*parts.pop(0), strict=True)  # popped: they go when they are stacked
-        measured.append(
-            MeasuredSet(pictures, stack(pools, pictures.path), stack(spatials, pictures.path))
-        )
+        features = zip(*parts.pop(0), strict=True)  # popped: batches go when they are stacked
+        measured.append(MeasuredSet(pictures, *(stack(x, pictures.path) for x in features)))
     numbers, left_out = generation_numbers(network, *measured)
     return {**numbers, "protocol": {**protocol, "left_out": left_out}}
 
@@ -739,53 +790,49 @@ def generation_numbers(
 
 
 def sample_checkpoint(flags: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Draw --num samples with balanced labels by sample.py's functions, on all processes, into an
-    .npz that is kept; its path and what the protocol says of it."""
+    """Draw --num samples by sample.py's draw_set, on all processes, into an .npz that is kept;
+    its path and what the protocol says of it.
+
+    Labels are balanced, and cycle through the classes: so each split of the Inception Score has
+    all of them. An interrupted command goes on from its finished batches.
+    """
     model = load_checkpoint(flags.samples, flags.device)
-    classes = list(range(model.config.num_classes)) or [-1]
-    if classes == [-1] and flags.guidance:
+    count = model.config.num_classes
+    classes = list(range(count)) or [-1]  # -1 = no class
+    if not count and flags.guidance:
         fail("this model was trained without labels: it has no guidance, leave --guidance out", 2)
     guidance = model.config.guidance if flags.guidance is None else flags.guidance
-    options = argparse.Namespace(
-        num=flags.num,
-        guidance=guidance if classes != [-1] else 0.0,
-        constant_guidance=flags.constant_guidance,
-        guidance_rule=flags.guidance_rule,
-        denoise=flags.denoise,
-        seed=flags.seed,
-        batch_size=flags.batch_size,
-    )
+    chosen = {"num": flags.num, "guidance": guidance if count else 0.0}
+    for name in ("constant_guidance", "guidance_rule", "denoise", "seed", "batch_size"):
+        chosen[name] = getattr(flags, name)
     protocol = {
-        **vars(options),
+        **chosen,
         "checkpoint": describe_checkpoint(flags.samples, model),
-        "labels": f"sample i has class i mod {len(classes)}" if classes != [-1] else "none",
+        "labels": f"sample i has class i mod {count}" if count else "none",
     }
+    # Everywhere the slow and exact way: a number should not depend on the device it came from.
+    options = argparse.Namespace(**chosen, sampler="sequential", tolerance=0.0, bf16=False)
     path = flags.npz or flags.samples.with_name(
         f"samples_{options.num}_guidance_{options.guidance:g}_seed_{options.seed}.npz"
     )
-    parts = path.with_name(path.name + ".parts")
-    sample.open_parts(parts, {**protocol, "device": flags.device.type})
-    files = sample.draw_all(model, classes, options, parts)
-    if rank() == 0:
-        labels = np.array([classes[i % len(classes)] for i in range(options.num)])
-        sample.write_npz(path, files, labels)
-        sample.remove_parts(parts)
-        parts.rmdir()
-        say(f"{path}: {options.num} samples, guidance {options.guidance:g}; kept")
-    if dist.is_initialized():
-        dist.barrier()  # nobody reads the file before it is there
+    key = {**protocol, "device": flags.device.type}
+    sample.draw_set(model, classes, options, key, npz=path, grid=None)
     return path, protocol
 
 
 # --------------------------------------------------------------------------------------------------
 # A checkpoint and the pictures it is looked at with
+#
+# What all of the four subcommands below begin with. Weights are those of the EMA; pictures are of
+# the validation split, which training never saw.
 
 
 class Pictures(Dataset):
     """Some pictures of a split of --data, or of the data that the checkpoint is trained on.
 
     num: how many, drawn with the seed (class folders are sorted by class, so that the first ones
-    would be of one class); None = all. self[range] is (images (n, 3, H, W), labels (n,)).
+    would be of one class); None = all. self[range] is (images (n, 3, H, W) in [-1, 1], labels
+    (n,), numbers (n,)), where a number is the picture's place in the dataset.
     """
 
     def __init__(self, model: MIMFlow, data: str | None, split: str, num: int | None, seed: int):
@@ -797,7 +844,7 @@ class Pictures(Dataset):
         if num is not None and num > count:
             fail(f"{num} pictures asked for, but the {split} split of {self.source} has {count}", 2)
         order = np.random.default_rng(seed).permutation(count)[: num or count]
-        self.numbers = np.sort(order)  # of the pictures in the dataset, (n,)
+        self.numbers = np.sort(order)  # (len(self),)
 
     @property
     def source(self) -> str:
@@ -806,10 +853,10 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, indices: range) -> tuple[Tensor, Tensor]:
-        rows = [self.dataset[int(self.numbers[i])] for i in indices]
-        images, labels = zip(*rows, strict=True)
-        return torch.stack(images), torch.tensor(labels)
+    def __getitem__(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = self.numbers[indices.start : indices.stop]
+        images, labels = zip(*(self.dataset[int(n)] for n in numbers), strict=True)
+        return torch.stack(images), torch.tensor(labels), torch.from_numpy(numbers)
 
     def describe(self) -> dict[str, Any]:
         """What the protocol says of these pictures."""
@@ -824,7 +871,7 @@ def require_finite(values: Tensor, what: str, flags: argparse.Namespace) -> None
 
 def describe_checkpoint(path: Path, model: MIMFlow) -> dict[str, Any]:
     """What the protocol says of a checkpoint."""
-    return {"file": str(path), "sha256": file_sha256(path), "step": model.step, "weights": "EMA"}
+    return {**describe_file(path), "step": model.step, "weights": "EMA"}
 
 
 def open_model(flags: argparse.Namespace) -> tuple[MIMFlow, dict[str, Any]]:
@@ -836,16 +883,18 @@ def open_model(flags: argparse.Namespace) -> tuple[MIMFlow, dict[str, Any]]:
 
 
 def draw_latents(
-    model: MIMFlow, images: Tensor, numbers: np.ndarray, seed: int, mask_ratio: tuple[float, ...]
+    model: MIMFlow, images: Tensor, numbers: Tensor, seed: int, mask_ratio: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """z = E(x_masked) + sigma eps (Eq. 1) of images (B, 3, H, W), and the masks (B, N).
+    """z = E(x_masked) + sigma eps (Eq. 1) (B, K, d) of images (B, 3, H, W) in [-1, 1], and the
+    masks (B, N), True = hidden.
 
-    Picture number n of the dataset has its mask and noise from (seed, n), whatever is beside it.
+    sigma is fixed, also here: it is part of what z is, not an augmentation of training. Picture
+    number n of the dataset has its mask and noise from (seed, n), whatever is beside it.
     """
     config = replace(model.config, batch_size=1, mask_ratio=mask_ratio, mask_warmup=0)
     draws = [
-        draw_randomness(replace(config, seed=derived_seed(seed, int(n))), 0, torch.device("cpu"))
-        for n in numbers
+        draw_randomness(replace(config, seed=derived_seed(seed, n)), 0, torch.device("cpu"))
+        for n in numbers.tolist()
     ]
     mask = torch.cat([d.mask for d in draws]).to(images.device)  # (B, N)
     noise = torch.cat([d.noise for d in draws]).to(images)  # (B, K, d)
@@ -853,30 +902,110 @@ def draw_latents(
 
 
 # --------------------------------------------------------------------------------------------------
-# reconstruction (Tab. 5 and 8)
+# reconstruction (rFID of Tab. 5, 8 and 9)
+#
+# What does a picture lose on its way through z? Half of its patches are hidden, as in training, so
+# that these numbers are worse than those of a tokenizer that sees everything: for them,
+# --mask-ratio 0 0. rFID compares two sets and forgives a reconstruction that is another, plausible
+# picture; PSNR and MSE compare pixels and reward blur; LPIPS is between. rFID is FID with
+# statistics of both sides, so the count matters (papers: the 50,000 of ImageNet's validation set).
 
 
 def frequency_errors(error: Tensor) -> tuple[Tensor, Tensor]:
     """Mean square of the low and of the high frequencies of x - x_hat (B, 3, H, W), (B,) each.
 
-    Low is what a 21 x 21 box filter leaves, high the rest. At the border the box is cut off: the
-    mean is over the pixels that exist.
+    Low l is what a 21 x 21 box filter leaves of the error e, high h = e - l the rest. At the border
+    the box is cut off: the mean is over the pixels that exist. The two do not quite add up to the
+    MSE, since a box parts frequencies softly: mean e^2 = mean l^2 + mean h^2 + 2 mean l h.
     """
     low = F.avg_pool2d(error, BOX, stride=1, padding=BOX // 2, count_include_pad=False)
     return low.square().mean(dim=(1, 2, 3)), (error - low).square().mean(dim=(1, 2, 3))
 
 
 def peak_signal_to_noise(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR (B,) in dB of two uint8 batches (B, 3, H, W)."""
+    """PSNR = 10 log10(255^2 / MSE) (B,) in dB of uint8 (B, 3, H, W); equal pictures have inf.
+
+    Its mean over pictures, which is printed, is not the PSNR of the mean MSE, but more.
+    """
     mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
 
 def hide_patches(images: Tensor, mask: Tensor) -> Tensor:
-    """images (B, 3, H, W) with the hidden patches of mask (B, N) in grey."""
+    """images (B, 3, H, W) in [-1, 1] with the hidden patches (True) of mask (B, N) in grey."""
     grid = math.isqrt(mask.shape[1])
     hidden = mask.view(-1, 1, grid, grid).float()
     return images * (1 - F.interpolate(hidden, size=images.shape[2:], mode="nearest"))
+
+
+class Judges(NamedTuple):
+    """The frozen networks of rFID and LPIPS, None where there are no weights."""
+
+    inception: FIDInception | None
+    perceptual: losses.Perceptual | None
+    protocol: dict[str, Any]
+    left_out: dict[str, str]  # number -> why it cannot be computed
+
+
+def load_judges(flags: argparse.Namespace, side: int, count: int) -> Judges:
+    """What needs weights from elsewhere, or larger or more pictures, is left out without them.
+
+    side: of the pictures, pixels; count: how many there are.
+    """
+    inception = perceptual = None
+    protocol, left_out = {}, {}
+    try:
+        inception, protocol = load_inception(flags.inception, flags.device)
+    except losses.WeightsMissing as error:
+        left_out["rfid"] = str(error)
+    try:
+        vgg = losses.find_weights("vgg", flags.vgg)
+        perceptual = losses.Perceptual(vgg).to(flags.device)
+        protocol["vgg"] = vgg if vgg == losses.RANDOM else describe_file(vgg)
+    except losses.WeightsMissing as error:
+        left_out["lpips"] = str(error)
+    least_sides = dict(low_frequency_error=BOX, high_frequency_error=BOX)
+    for name, least in {**least_sides, "lpips": losses.Perceptual.MIN_SIDE}.items():
+        if side < least:
+            left_out[name] = f"needs pictures of at least {least} x {least}"
+    if count < LEAST["rfid"]:
+        left_out.setdefault("rfid", f"needs {LEAST['rfid']} pictures, there is {count}")
+    return Judges(inception, perceptual, protocol, left_out)
+
+
+def compare_pictures(images: Tensor, decoded: Tensor, judges: Judges) -> dict[str, Any]:
+    """Each number (B,), float64 on the CPU, of x and x_hat (B, 3, H, W) in [-1, 1], and their
+    Inception features [(B, 2048), (B, 2048)].
+
+    The MSE and its frequencies are of x_hat as it is, which is what training minimises. The others
+    are of 8-bit pictures, as if both had been saved and read again.
+    """
+    original, rounded = to_uint8(images), to_uint8(decoded)
+    found = {"mse": losses.pixel_loss(images, decoded)}
+    found["psnr"] = peak_signal_to_noise(original, rounded)
+    if "low_frequency_error" not in judges.left_out:
+        low, high = frequency_errors(images - decoded)
+        found |= {"low_frequency_error": low, "high_frequency_error": high}
+    if "lpips" not in judges.left_out:
+        found["lpips"] = judges.perceptual(original / 127.5 - 1, rounded / 127.5 - 1)
+    result: dict[str, Any] = {name: value.cpu().double() for name, value in found.items()}
+    if "rfid" not in judges.left_out:
+        pair = (original, rounded)
+        result["inception"] = [inception_features(judges.inception, x)[0] for x in pair]
+    return result
+
+
+def reconstruction_numbers(parts: list[dict[str, Any]], source: Path) -> dict[str, Any]:
+    """Means over all pictures, and rFID, of the batches that compare_pictures found; else None."""
+    names = ("rfid", "psnr", "lpips", "mse", "low_frequency_error", "high_frequency_error")
+    numbers: dict[str, Any] = dict.fromkeys(names)
+    for name in numbers.keys() & parts[0].keys():
+        numbers[name] = float(torch.cat([part[name] for part in parts]).mean())
+    if "inception" in parts[0]:
+        sides = zip(*(part["inception"] for part in parts), strict=True)  # originals, x_hat
+        originals, rebuilt = (moments(stack(side, source)) for side in sides)
+        numbers["rfid"] = frechet_distance(*originals, *rebuilt)
+    return numbers
 
 
 def reconstruction(flags: argparse.Namespace) -> dict[str, Any] | None:
@@ -884,90 +1013,56 @@ def reconstruction(flags: argparse.Namespace) -> dict[str, Any] | None:
     model, protocol = open_model(flags)
     pictures = Pictures(model, flags.data, "val", flags.num, flags.seed)
     ratio = tuple(model.config.mask_ratio if flags.mask_ratio is None else flags.mask_ratio)
+    judges = load_judges(flags, model.config.image_size, len(pictures))
     protocol |= {**pictures.describe(), "mask_ratio": ratio, "sigma": model.config.sigma}
     protocol["mse"] = "of [-1, 1], unrounded; PSNR, LPIPS, rFID after rounding to 8 bits"
-    left_out = {}
-
-    # What needs weights from elsewhere is left out without them.
-    network = perceptual = None
-    try:
-        network, facts = load_inception(flags.inception, flags.device)
-        protocol |= facts
-    except losses.WeightsMissing as error:
-        left_out["rfid"] = str(error)
-    try:
-        vgg = losses.find_weights("vgg", flags.vgg)
-        perceptual = losses.Perceptual(vgg).to(flags.device)
-        known = vgg != losses.RANDOM
-        protocol["vgg"] = {"file": str(vgg), "sha256": file_sha256(vgg)} if known else vgg
-    except losses.WeightsMissing as error:
-        left_out["lpips"] = str(error)
-    sides = {"low_frequency_error": BOX, "high_frequency_error": BOX}
-    sides["lpips"] = losses.Perceptual.MIN_SIDE
-    for name, side in sides.items():
-        if model.config.image_size < side:
-            left_out[name] = f"needs pictures of at least {side} x {side}"
-    if len(pictures) < LEAST["rfid"]:
-        left_out.setdefault("rfid", f"needs {LEAST['rfid']} pictures, there is {len(pictures)}")
-    shown = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int)
+    protocol |= {**judges.protocol, "left_out": judges.left_out}
+    evenly = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int)
+    shown = torch.from_numpy(pictures.numbers[evenly])  # of the grid
 
     @torch.no_grad()
-    def work(indices: range, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def work(batch: tuple[Tensor, ...]) -> dict[str, Any]:
         """Numbers (B,), Inception features, and the pictures of the grid, of one batch."""
-        images = batch[0].to(flags.device)
-        numbers = pictures.numbers[indices.start : indices.stop]
+        images, numbers = batch[0].to(flags.device), batch[2]
         z, mask = draw_latents(model, images, numbers, flags.seed, ratio)
         decoded = model.decoder(z)
-        original, rounded = to_uint8(images), to_uint8(decoded)
-        found = {"mse": losses.pixel_loss(images, decoded)}
-        found["psnr"] = peak_signal_to_noise(original, rounded)
-        if "low_frequency_error" not in left_out:
-            low, high = frequency_errors(images - decoded)
-            found |= {"low_frequency_error": low, "high_frequency_error": high}
-        if "lpips" not in left_out:
-            found["lpips"] = perceptual(original / 127.5 - 1, rounded / 127.5 - 1)
-        result = {name: value.cpu().double() for name, value in found.items()}
-        if "rfid" not in left_out:
-            result["inception"] = [inception_features(network, x)[0] for x in (original, rounded)]
-        rows = [i - indices.start for i in shown if i in indices]
+        rows = torch.isin(numbers, shown).nonzero().flatten().tolist()
         rows_shown = [x[rows].cpu() for x in (images, hide_patches(images, mask), decoded)]
-        return {**result, "shown": torch.stack(rows_shown)}
+        return {**compare_pictures(images, decoded, judges), "shown": torch.stack(rows_shown)}
 
-    parts = sharded(pictures, len(pictures), work, "reconstruction", flags)
+    parts = sharded(pictures, work, "reconstruction", flags)
     stop_processes()
     if parts is None:
         return None
-
-    # Means over the pictures, in their order; a grid of three rows.
-    numbers: dict[str, Any] = dict.fromkeys(("rfid", "psnr", "lpips", "mse"))
-    numbers |= dict.fromkeys(("low_frequency_error", "high_frequency_error"))
-    for name in numbers:
-        if name in parts[0]:
-            numbers[name] = float(torch.cat([part[name] for part in parts]).mean())
-    if "rfid" not in left_out:
-        originals, rebuilt = (
-            moments(stack((part["inception"][side] for part in parts), flags.checkpoint))
-            for side in (0, 1)
-        )
-        numbers["rfid"] = frechet_distance(*originals, *rebuilt)
     grid = torch.cat([part["shown"] for part in parts], dim=1)  # (3, n, 3, H, W)
     out = flags.out or flags.checkpoint.with_name("reconstruction.png")
     save_png(grid.flatten(0, 1).clamp(-1, 1), len(shown), out)
     say(f"{out}: originals, what the encoder sees, reconstructions")
-    return {**numbers, "protocol": {**protocol, "left_out": left_out}}
+    return {**reconstruction_numbers(parts, flags.checkpoint), "protocol": protocol}
 
 
 # --------------------------------------------------------------------------------------------------
-# probe (Tab. 5, Fig. 6)
+# probe (Acc. of Tab. 5, Fig. 6)
+#
+# How much of the class can one linear layer read off? The networks stay frozen. Two traps:
+#
+# - The flow is given no label. With it, the probe would read off what it was told.
+# - A drop towards the last blocks is no loss of information: the flow is invertible, so all of its
+#   blocks know the same. But the last ones turn tokens into noise that is independent from token
+#   to token, and a mean over tokens, the paper's pooling, cancels it. --pool flat shows what is
+#   still there.
+#
+# paper: "REPA's protocol"; here: that of the authors' release, which trains on the K outputs of the
+# encoder before they are projected to d numbers. Tab. 5's Acc. is encoder_features.
 
 
 @torch.no_grad()
 def representations(model: MIMFlow, images: Tensor, pool: str) -> dict[str, Tensor]:
-    """What is probed of full images (B, 3, H, W): encoder features, latent, output of each flow
-    block, each (B, dimension).
+    """What is probed of full images (B, 3, H, W) in [-1, 1]: encoder features, latent, output of
+    each flow block, each (B, dimension).
 
-    Pooled over the K tokens by their mean, or with "flat" side by side. No mask, no noise; the
-    flow is given no label, or the probe would only read it off again.
+    Pooled over the K tokens by their mean (C or d numbers), or with "flat" side by side (K times as
+    many). No mask, no noise; the flow is given no label.
     """
     features = model.encoder.features(images)  # (B, K, C)
     latent = model.encoder.projection(features)  # (B, K, d)
@@ -975,6 +1070,61 @@ def representations(model: MIMFlow, images: Tensor, pool: str) -> dict[str, Tens
     found = {"encoder_features": features, "latent": latent}
     found |= {f"flow_block_{i}": x for i, x in enumerate(blocks, start=1)}
     return {k: x.mean(dim=1) if pool == "mean" else x.flatten(1) for k, x in found.items()}
+
+
+class LinearProbe(nn.Module):
+    """(B, D) -> (B, classes): standardise, BatchNorm without learnt scale (MAE's probe), linear.
+
+    One learning rate has to suit features of any scale. The standardisation, by the training set
+    x (n, D), also gives BatchNorm's running averages nothing to catch up on: a short probe ends
+    before an average that begins at 0 has reached a mean of 50.
+    """
+
+    def __init__(self, x: Tensor, classes: int, generator: torch.Generator):
+        super().__init__()
+        std, mean = torch.std_mean(x, dim=0, correction=0)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std.clamp(min=1e-6))  # a number that never changes stays 0
+        self.norm = nn.BatchNorm1d(x.shape[1], eps=1e-6, affine=False)
+        self.linear = nn.Linear(x.shape[1], classes)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm((x.to(self.mean) - self.mean) / self.std))
+
+
+def fit_probes(
+    probes: nn.ModuleDict, x: dict[str, Tensor], labels: Tensor, epochs: int, draw: torch.Generator
+) -> None:
+    """SGD with a cosine schedule over all steps, on x[name] (n, D) and labels (n,).
+
+    All probes see the same batches. They share no weight, so that the gradient of the sum of their
+    losses is that of each alone.
+    """
+    count = len(labels)
+    size = min(PROBE_BATCH, count)
+    batches = count // size  # the last, smaller batch is left out
+    optimizer = torch.optim.SGD(
+        probes.parameters(), PROBE_LR, momentum=PROBE_MOMENTUM, weight_decay=PROBE_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    for _ in progress(range(epochs), "probe"):
+        for rows in torch.randperm(count, generator=draw).split(size)[:batches]:
+            targets = labels[rows.to(labels.device)]
+            loss = sum(F.cross_entropy(p(x[name][rows]), targets) for name, p in probes.items())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def top1_percent(trained: LinearProbe, x: Tensor, labels: Tensor) -> float:
+    """Share in percent of rows of x (n, D) whose largest score is that of their label (n,)."""
+    trained.eval()  # BatchNorm by its running averages: a row is judged alone
+    guesses = torch.cat([trained(rows).argmax(dim=1) for rows in x.split(BLOCK)])  # (n,)
+    return 100 * float((guesses == labels).double().mean())
 
 
 def train_probes(
@@ -986,60 +1136,21 @@ def train_probes(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent of a linear classifier on each representation (n, dimension).
+    """Top-1 accuracy in percent of a linear classifier on each representation.
 
-    Standardised by mean and std of the training set, BatchNorm without learnt scale (as in MAE's
-    probe), one linear layer; SGD with a cosine schedule over all steps. All representations see
-    the same batches.
+    Sets are name -> (n, D) on the CPU, labels (n,); batches move to the device. The last step is
+    the one that is judged: choosing the best by val_set would be learning from it.
     """
     classes = int(torch.cat((train_labels, val_labels)).max()) + 1
-    train_labels, val_labels = train_labels.to(device), val_labels.to(device)
-    probes, scaling = nn.ModuleDict(), {}
-    generator = torch.Generator().manual_seed(seed)
-    for name, x in train_set.items():
-        std, mean = torch.std_mean(x, dim=0, correction=0)
-        scaling[name] = (mean.to(device), std.clamp(min=1e-6).to(device))
-        linear = nn.Linear(x.shape[1], classes)
-        nn.init.normal_(linear.weight, std=0.01, generator=generator)
-        nn.init.zeros_(linear.bias)
-        norm = nn.BatchNorm1d(x.shape[1], eps=1e-6, affine=False)
-        probes[name] = nn.Sequential(norm, linear)
-    probes.to(device)
-
-    def predict(name: str, x: Tensor) -> Tensor:
-        mean, std = scaling[name]
-        return probes[name]((x.to(device) - mean) / std)  # (B, classes)
-
-    count = len(train_labels)
-    size = min(PROBE_BATCH, count)
-    optimizer = torch.optim.SGD(
-        probes.parameters(), PROBE_LR, momentum=PROBE_MOMENTUM, weight_decay=PROBE_DECAY
-    )
-    steps = epochs * (count // size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in progress(range(epochs), "probe"):
-        order = torch.randperm(count, generator=generator)
-        for rows in order.split(size)[: count // size]:  # the last, smaller batch is left out
-            # No weight is shared, so that the gradient of the sum is that of each probe alone.
-            targets = train_labels[rows.to(device)]
-            loss = sum(F.cross_entropy(predict(k, x[rows]), targets) for k, x in train_set.items())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-    probes.eval()
-    accuracy = {}
-    with torch.no_grad():
-        for name, x in val_set.items():
-            guesses = torch.cat([predict(name, part).argmax(dim=1) for part in x.split(BLOCK)])
-            accuracy[name] = 100 * float((guesses == val_labels).double().mean())
-    return accuracy
+    draw = torch.Generator().manual_seed(seed)
+    probes = nn.ModuleDict({name: LinearProbe(x, classes, draw) for name, x in train_set.items()})
+    fit_probes(probes.to(device), train_set, train_labels.to(device), epochs, draw)
+    val_labels = val_labels.to(device)
+    return {name: top1_percent(p, val_set[name], val_labels) for name, p in probes.items()}
 
 
-def probe(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """Linear probe on encoder features, latent and every block of the flow."""
-    model, protocol = open_model(flags)
+def open_probe_sets(model: MIMFlow, flags: argparse.Namespace) -> dict[str, Pictures]:
+    """Pictures to learn from and pictures to be judged on; ends with a line if there are none."""
     sets = {
         split: Pictures(model, flags.data, split, num, flags.seed)
         for split, num in (("train", flags.num_train), ("val", flags.num))
@@ -1052,23 +1163,32 @@ def probe(flags: argparse.Namespace) -> dict[str, Any] | None:
         fail(f"{source} has no val/ beside train/: a probe is judged on pictures it has not seen")
     if len(sets["train"]) < 2:
         fail("--num-train must be at least 2", 2)
+    return sets
 
-    def work(indices: range, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+
+def probe(flags: argparse.Namespace) -> dict[str, Any] | None:
+    """Linear probe on encoder features, latent and every block of the flow."""
+    model, protocol = open_model(flags)
+    sets = open_probe_sets(model, flags)
+
+    # Frozen networks: each picture is encoded once, and the probes learn from what was stored.
+    def work(batch: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], Tensor]:
         found = representations(model, batch[0].to(flags.device), flags.pool)
         return {name: x.float().cpu() for name, x in found.items()}, batch[1]
 
-    parts = [sharded(s, len(s), work, f"{k} features", flags) for k, s in sets.items()]
+    parts = [sharded(pictures, work, f"{k} features", flags) for k, pictures in sets.items()]
     stop_processes()
     if rank() != 0:
         return None
-    data = []
+    data = []  # train_set, train_labels, val_set, val_labels
     for part in parts:
-        joined = {name: torch.cat([found[name] for found, _ in part]) for name in part[0][0]}
-        data += [joined, torch.cat([labels for _, labels in part])]
+        found, labels = zip(*part, strict=True)
+        data += [{name: torch.cat([x[name] for x in found]) for name in found[0]}]
+        data += [torch.cat(labels)]
     for name, x in data[0].items():
         require_finite(x, name, flags)
     accuracy = train_probes(*data, flags.epochs, flags.seed, flags.device)
-    protocol |= {"data": source, "pool": flags.pool, "epochs": flags.epochs}
+    protocol |= {"data": sets["train"].source, "pool": flags.pool, "epochs": flags.epochs}
     protocol |= {f"{split}_pictures": len(pictures) for split, pictures in sets.items()}
     protocol |= {"batch": min(PROBE_BATCH, len(sets["train"])), "lr": PROBE_LR}
     protocol |= {"momentum": PROBE_MOMENTUM, "weight_decay": PROBE_DECAY, "schedule": "cosine"}
@@ -1078,60 +1198,79 @@ def probe(flags: argparse.Namespace) -> dict[str, Any] | None:
 
 # --------------------------------------------------------------------------------------------------
 # likelihood (Eq. 4)
+#
+#     log p_F(z) = log N(F(z); 0, I) + log |det dF/dz|            nats an image
+#     bits       = -log_2 p_F(z) / (K d)                          a latent number
+#
+# Exact, as a flow alone can be: not a bound. But of the latent z, not of the picture: these are not
+# the bits per pixel (bits/dim) of pixel models, and two models compare only if their latents do:
+# 2 z costs one bit a number more than z, and says the same. Densities can exceed 1, so bits can be
+# negative; the noise of Eq. 1 is what keeps them up, since on average they cannot fall below its
+# own entropy, 0.5 log_2(2 pi e sigma^2) = 0.31 at sigma = 0.3. What they fall by when the class is
+# given is what the class tells the flow.
+
+
+def summary(nats: Tensor, size: int) -> dict[str, float]:
+    """Mean and standard deviation over images of log p (n,), in nats, and of its code length.
+
+    The deviation is that between images (over n), not the error of the mean.
+    """
+    bits = -nats / (size * math.log(2))
+    return {
+        "nats_an_image": float(nats.mean()),
+        "nats_an_image_std": float(nats.std(correction=0)),
+        "bits_a_latent_number": float(bits.mean()),
+        "bits_a_latent_number_std": float(bits.std(correction=0)),
+    }
 
 
 def likelihood(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """log p_F(z), exact, at the latents of validation pictures: with their class and without.
-
-    In nats an image, and as code length in bits a latent number, -log2 p / (K d).
-    """
+    """log p_F(z), exact, at the latents of validation pictures: with their class and without."""
     model, protocol = open_model(flags)
     pictures = Pictures(model, flags.data, "val", flags.num, flags.seed)
     ratio = (0.0, 0.0) if flags.no_mask else tuple(model.config.mask_ratio)
-    protocol |= {**pictures.describe(), "mask_ratio": ratio, "sigma": model.config.sigma}
-    kinds, left_out = ["unconditional"], {}
+    size = model.config.num_latents * model.config.latent_dim
+    left_out = {}
     if model.config.num_classes == 0:
         left_out["conditional"] = "the model was trained without labels"
-    elif pictures.class_names != model.class_names:
+    elif pictures.class_names != model.class_names:  # a label would be the number of another class
         left_out["conditional"] = f"{pictures.source} have other classes than the training data"
-    else:
-        kinds.insert(0, "conditional")
+    kinds = [kind for kind in ("conditional", "unconditional") if kind not in left_out]
 
     @torch.no_grad()
-    def work(indices: range, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def work(batch: tuple[Tensor, ...]) -> Tensor:
         """log p (kinds, B)."""
-        images, labels = (x.to(flags.device) for x in batch)
-        numbers = pictures.numbers[indices.start : indices.stop]
-        z, _ = draw_latents(model, images, numbers, flags.seed, ratio)
+        images, labels = (x.to(flags.device) for x in batch[:2])
+        z, _ = draw_latents(model, images, batch[2], flags.seed, ratio)
         given = {"conditional": labels, "unconditional": None}
         return torch.stack([model.flow.log_prob(z, given[kind]).cpu().double() for kind in kinds])
 
-    parts = sharded(pictures, len(pictures), work, "likelihood", flags)
+    parts = sharded(pictures, work, "likelihood", flags)
     stop_processes()
     if parts is None:
         return None
-    size = model.config.num_latents * model.config.latent_dim
     numbers: dict[str, Any] = dict.fromkeys(("conditional", "unconditional"))
     for kind, nats in zip(kinds, torch.cat(parts, dim=1), strict=True):
         require_finite(nats, f"{kind} log p(z)", flags)
-        bits = -nats / (size * math.log(2))
-        numbers[kind] = {
-            "nats_an_image": float(nats.mean()),
-            "nats_an_image_std": float(nats.std(correction=0)),
-            "bits_a_latent_number": float(bits.mean()),
-            "bits_a_latent_number_std": float(bits.std(correction=0)),
-        }
+        numbers[kind] = summary(nats, size)
+    protocol |= {**pictures.describe(), "mask_ratio": ratio, "sigma": model.config.sigma}
     return {**numbers, "protocol": {**protocol, "latent_numbers": size, "left_out": left_out}}
 
 
 # --------------------------------------------------------------------------------------------------
 # map (Fig. 4)
+#
+# Do pictures of one class lie together in the latent space? A picture to look at, not a number to
+# compare. The paper's projection is UMAP, which pulls clusters apart and whose distances between
+# them mean nothing; the default here is PCA, the plane of largest variance, which needs no package
+# and shows what is really there, but only its two strongest directions: see variance_share. With 8
+# classes of 1000, neighbours look better parted than they are.
 
 
 def principal_plane(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """PCA: x (n, D), centred -> coordinates (n, 2) and the share of the variance along each."""
     start = np.random.default_rng(0).standard_normal(min(x.shape))  # fixed, so that runs agree
-    u, sizes, directions = svds(x, k=2, v0=start)
+    u, sizes, directions = svds(x, k=2, v0=start)  # D may be 8192: never the whole SVD
     order = sizes.argsort()[::-1]
     # The sign of a principal direction means nothing: its largest entry shall be positive.
     largest = np.abs(directions).argmax(axis=1)
@@ -1154,53 +1293,75 @@ def draw_map(points: np.ndarray, labels: np.ndarray, names: list[str], path: Pat
         rows = labels == label
         colour = [colours[i % len(colours)]]
         axes.scatter(*points[rows].T, s=6, c=colour, linewidths=0, label=names[i])
-    axes.set(xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[])  # neither projection has units
     axes.legend(markerscale=3, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     write_file(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
     return True
 
 
-def latent_map(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """The latents of validation pictures in two dimensions, coloured by class."""
-    umap = None
-    if flags.method == "umap":
-        try:
-            import umap
-        except ImportError:
-            fail("--method umap needs `pip install umap-learn`; --method pca is built in", 2)
-    model, protocol = open_model(flags)
+def known_labels(dataset: Dataset) -> np.ndarray:
+    """The labels (n,) of a dataset without opening its pictures."""
+    if isinstance(dataset, FolderDataset):
+        return dataset.labels
+    return np.arange(len(dataset)) % len(dataset.class_names)
+
+
+def pictures_of(classes: list[int], model: MIMFlow, flags: argparse.Namespace) -> Pictures:
+    """At most --num validation pictures of these classes; [-1] is those of a model without."""
     pictures = Pictures(model, flags.data, "val", None, flags.seed)
-    classes = sample.choose_classes(flags.classes, model)
-    every = known_labels(pictures.dataset)
     if classes != [-1]:
         if pictures.class_names != model.class_names:
             fail(f"{pictures.source} have other classes than {flags.checkpoint} was trained on")
-        pictures.numbers = np.flatnonzero(np.isin(every, classes))
+        pictures.numbers = np.flatnonzero(np.isin(known_labels(pictures.dataset), classes))
     order = np.random.default_rng(flags.seed).permutation(len(pictures))[: flags.num]
     pictures.numbers = np.sort(pictures.numbers[order])
     if len(pictures) < 4:
         fail(f"a map needs 4 pictures, {pictures.source} have {len(pictures)} of these classes")
+    return pictures
+
+
+def load_umap() -> Any:
+    """The class umap.UMAP of an optional package; without it, a line that says what to do."""
+    try:
+        from umap import UMAP
+    except ImportError:
+        fail("--method umap needs `pip install umap-learn`; --method pca is built in", 2)
+    return UMAP
+
+
+def project(latents: np.ndarray, umap: Any, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """latents (n, K * d) -> points (n, 2) by umap.UMAP, or if None by PCA, and its variance_share.
+
+    Each latent number is standardised first, or the few that vary most would be the whole map.
+    """
+    latents = (latents - latents.mean(axis=0)) / latents.std(axis=0).clip(min=1e-6)
+    if umap is not None:
+        say("umap: a minute or so")
+        return umap(random_state=seed).fit_transform(latents), {}
+    points, (first, second) = principal_plane(latents)
+    return points, {"variance_share": {"first_axis": first, "second_axis": second}}
+
+
+def latent_map(flags: argparse.Namespace) -> dict[str, Any] | None:
+    """The latents of validation pictures in two dimensions, coloured by class."""
+    umap = load_umap() if flags.method == "umap" else None
+    model, protocol = open_model(flags)
+    classes = sample.choose_classes(flags.classes, model)
+    pictures = pictures_of(classes, model, flags)
 
     @torch.no_grad()
-    def work(indices: range, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def work(batch: tuple[Tensor, ...]) -> Tensor:
         return model.encoder(batch[0].to(flags.device)).flatten(1).cpu()  # (B, K * d)
 
-    parts = sharded(pictures, len(pictures), work, "latents", flags)
+    parts = sharded(pictures, work, "latents", flags)
     stop_processes()
     if parts is None:
         return None
     latents = torch.cat(parts).double()
     require_finite(latents, "the latent", flags)
-    latents = latents.numpy()
-    latents = (latents - latents.mean(axis=0)) / latents.std(axis=0).clip(min=1e-6)
-    numbers: dict[str, Any] = {}
-    if umap is not None:
-        say("umap: a minute or so")
-        points = umap.UMAP(random_state=flags.seed).fit_transform(latents)
-    else:
-        points, share = principal_plane(latents)
-        numbers["variance_share"] = {"first_axis": share[0], "second_axis": share[1]}
-    labels = every[pictures.numbers] if classes != [-1] else np.full(len(points), -1)
+    points, numbers = project(latents.numpy(), umap, flags.seed)
+    labels = known_labels(pictures.dataset)[pictures.numbers]
+    labels = labels if classes != [-1] else np.full(len(points), -1)
     names = [model.class_names[i] if i >= 0 else "no class" for i in np.unique(labels)]
     out = flags.out or flags.checkpoint.with_name("map.png")
     if draw_map(points, labels, names, out):
@@ -1214,15 +1375,19 @@ def latent_map(flags: argparse.Namespace) -> dict[str, Any] | None:
     return {**numbers, "points": points, "protocol": protocol}
 
 
-def known_labels(dataset: Dataset) -> np.ndarray:
-    """The labels (n,) of a dataset without opening its pictures."""
-    if isinstance(dataset, FolderDataset):
-        return dataset.labels
-    return np.arange(len(dataset)) % len(dataset.class_names)
-
-
 # --------------------------------------------------------------------------------------------------
 # cost (Tab. 2, 4 and 10)
+#
+# What does a model cost to train and to sample from? No checkpoint: speed does not depend on the
+# weights. Counts are exact and the same everywhere; times are of this machine, and compare with the
+# paper's (8 A100s for Tab. 4, an H20 for Tab. 10) only as ratios. Three traps:
+#
+# - Tab. 2 says "FLOPs" and counts multiply-adds, as is usual; strictly they are two operations
+#   each. Its 71.25 G are encoder and decoder for one image; norms, softmax and sums do not count.
+# - On a GPU, token-by-token sampling waits for memory, not for arithmetic: a batch takes little
+#   longer than one image, so "s an image" means nothing without its batch. Hence two columns.
+# - A GPU answers before it has finished, hence the synchronisation; the first calls choose kernels
+#   and fill caches, hence the warming up; a shared machine has outliers, hence the median.
 
 
 def preset_config(preset: str) -> Config:
@@ -1233,12 +1398,18 @@ def preset_config(preset: str) -> Config:
     return config
 
 
+def count_multiply_adds(work: Callable[[], Any]) -> int:
+    """Of a call: matrix products, attention and convolutions, in the backward pass as well."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2  # torch counts a multiply-add as two
+
+
 def count_parts(config: Config) -> dict[str, dict[str, float]]:
     """Parameters, and multiply-adds for one image, of each part; on the meta device, where
     nothing is allocated or computed.
 
-    Counted in what runs: matrix products, attention and convolutions. The flow is counted from
-    image to noise; inverted, with its cache, it takes about as many.
+    The flow is counted from image to noise; inverted, with its cache, it takes about as many.
     """
     with torch.device("meta"):
         model = MIMFlow(config).eval()
@@ -1246,16 +1417,14 @@ def count_parts(config: Config) -> dict[str, dict[str, float]]:
         z = torch.empty(1, config.num_latents, config.latent_dim)
         labels = torch.zeros(1, dtype=torch.int64)
     calls = {
-        "encoder": (model.encoder, (images,)),
-        "decoder": (model.decoder, (z,)),
-        "flow": (model.flow, (z, labels)),
+        "encoder": functools.partial(model.encoder, images),
+        "decoder": functools.partial(model.decoder, z),
+        "flow": functools.partial(model.flow, z, labels),
     }
     parts = {}
-    for name, (module, arguments) in calls.items():
-        with FlopCounterMode(display=False) as counter:
-            module(*arguments)
-        multiply_adds = counter.get_total_flops() // 2
-        parts[name] = {"parameters": count_parameters(module), "multiply_adds": multiply_adds}
+    for name, call in calls.items():
+        parts[name] = {"parameters": count_parameters(call.func)}
+        parts[name]["multiply_adds"] = count_multiply_adds(call)
     both = {key: parts["encoder"][key] + parts["decoder"][key] for key in parts["flow"]}
     return {**parts, "encoder_and_decoder": both}
 
@@ -1289,9 +1458,9 @@ def training_step(
     training = JointTraining(MIMFlow(config), load_critics(config, device)).to(device)
     optimizer = make_optimizer(training, config)
     shape = (batch_size, 3, config.image_size, config.image_size)
-    images = torch.rand(shape, device=device) * 2 - 1
+    images = torch.rand(shape, device=device) * 2 - 1  # [-1, 1]
     labels = torch.arange(batch_size, device=device) % config.num_classes
-    draws = draw_randomness(config, config.mask_warmup, device)
+    draws = draw_randomness(config, config.mask_warmup, device)  # past the warm-up of the mask
     forward = distribute(training, config, device)
 
     def step() -> None:
@@ -1306,7 +1475,10 @@ def training_step(
 
 
 def matmul_peak(device: torch.device, runs: int) -> float:
-    """Multiply-adds a second of a large matrix product in the type that training uses."""
+    """Multiply-adds a second of a large matrix product in the type that training uses.
+
+    Measured, not the data sheet's: what this machine, with this power limit, really reaches.
+    """
     side = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
     a = torch.randn(side, side, device=device, dtype=dtype)
@@ -1314,13 +1486,16 @@ def matmul_peak(device: torch.device, runs: int) -> float:
 
 
 def time_training(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """Tab. 4: milliseconds of a step, its share of the peak of matrix products, memory."""
+    """Tab. 4: milliseconds of a step, its share of the peak of matrix products, memory (10^9
+    bytes).
+
+    The share says how far from the machine's limit the program is, on any machine: what is
+    missing went into everything that is not a matrix product, and into waiting for memory.
+    """
     device = flags.device
     peak = matmul_peak(device, flags.runs)
     step = training_step(config, flags.batch_size, device, compiled=False)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    work = counter.get_total_flops() // 2
+    work = count_multiply_adds(step)
     result: dict[str, Any] = {"batch_size": flags.batch_size, "multiply_adds_a_step": work}
     result["matmul_peak_tera_multiply_adds_a_second"] = peak / 1e12
     for kind in ("eager", "compiled") if flags.compile else ("eager",):
@@ -1339,7 +1514,11 @@ def time_training(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Tab. 10: the flow alone in training, and sampling, for several numbers of tokens K."""
+    """Tab. 10: the flow alone in training, and sampling, for several numbers of tokens K.
+
+    Training takes all tokens at once, so its time grows with K; sampling takes one after the other,
+    each looking back at all before it: K steps that grow with K.
+    """
     device, size, rows = flags.device, flags.batch_size, {}
     for count in progress(flags.tokens, "tokens"):
         config = replace(config, num_latents=count)
@@ -1401,17 +1580,21 @@ def environment(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def cell(value: float | None) -> str:
+    """- for what is left out, 1,234 for counts, five digits for the rest."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
 def table(numbers: dict[str, Any], indent: str = "  ") -> list[str]:
-    """Lines of a small table; a dictionary inside becomes an indented one, lists are left out."""
+    """Lines of a small table; a dictionary inside becomes an indented one."""
     lines = []
     for name, value in numbers.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *table(value, indent + "  ")]
-        elif not isinstance(value, list):
-            text = (
-                "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-            )
-            lines.append(f"{indent}{name:{42 - len(indent)}} {text:>16}")
+        else:
+            lines.append(f"{indent}{name:{42 - len(indent)}} {cell(value):>16}")
     return lines
 
 
@@ -1436,25 +1619,25 @@ def report(numbers: dict[str, Any], flags: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
+# Command line: the flags of each subcommand, the shared ones first
 
 
 def add_common(parser: Parser, batch_size: int) -> None:
     """Flags of every subcommand."""
-    group = parser.add_argument_group("the run")
-    add = group.add_argument
+    add = parser.add_argument_group("the run").add_argument
     text = f"pictures at a time on one process (default: {batch_size})"
     add("--batch-size", type=int, default=batch_size, metavar="N", help=text)
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--json", type=Path, metavar="FILE", help="write the numbers and their protocol")
 
 
-def add_data(parser: Parser, num: int | None, num_help: str) -> None:
+def add_data(parser: Parser, num: int | None = None) -> None:
     """Flags of the subcommands that look at pictures with a checkpoint."""
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CKPT", help="model.pt (default: the newest of runs/)")
     add("--data", metavar="DIR", help="pictures with val/ (default: those of the training)")
-    add("--num", type=int, default=num, metavar="N", help=num_help)
+    text = f"validation pictures (default: {num or 'all'})"
+    add("--num", type=int, default=num, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of choice, masks and noise (default: 0)")
     add_workers(parser)
 
@@ -1485,46 +1668,41 @@ def add_generation(parser: Parser) -> None:
     add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
     add("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
     add("--npz", type=Path, metavar="FILE", help="where to keep them (default: beside CKPT)")
-    add_common(parser, 64)
 
 
 def add_reconstruction(parser: Parser) -> None:
-    add_data(parser, None, "validation pictures (default: all)")
+    add_data(parser)
     add = parser.add_argument
     text = "hidden share, drawn between; 0 0 = none (default: that of the training)"
     add("--mask-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     add_inception(parser)
     add("--vgg", metavar="FILE", help="VGG16 weights for LPIPS (default: as for --inception)")
     add("--out", type=Path, metavar="PNG", help="picture (default: reconstruction.png by CKPT)")
-    add_common(parser, 64)
 
 
 def add_probe(parser: Parser) -> None:
-    add_data(parser, None, "validation pictures (default: all)")
+    add_data(parser)
     add = parser.add_argument
     add("--num-train", type=int, metavar="N", help="training pictures (default: all)")
     text = f"passes over the training pictures (default: {PROBE_EPOCHS})"
     add("--epochs", type=int, default=PROBE_EPOCHS, metavar="N", help=text)
     text = "tokens: their mean, or side by side (flat; K times the memory) (default: mean)"
     add("--pool", choices=("mean", "flat"), default="mean", help=text)
-    add_common(parser, 256)
 
 
 def add_likelihood(parser: Parser) -> None:
-    add_data(parser, None, "validation pictures (default: all)")
+    add_data(parser)
     text = "show the encoder whole pictures (default: hidden as in training)"
     parser.add_argument("--no-mask", action="store_true", help=text)
-    add_common(parser, 64)
 
 
 def add_map(parser: Parser) -> None:
-    add_data(parser, 2000, "validation pictures (default: 2000)")
+    add_data(parser, num=2000)
     add = parser.add_argument
     text = "indices or names (default: all, or 8 of many)"
     add("--classes", nargs="+", metavar="C", help=text)
     add("--method", choices=("pca", "umap"), default="pca", help="projection (default: pca)")
     add("--out", type=Path, metavar="PNG", help="picture (default: map.png beside CKPT)")
-    add_common(parser, 256)
 
 
 def add_cost(parser: Parser) -> None:
@@ -1535,42 +1713,49 @@ def add_cost(parser: Parser) -> None:
     add("--tokens", type=int, nargs="+", default=TOKENS, metavar="K", help=text)
     add("--runs", type=int, default=5, metavar="N", help="timed calls at most (default: 5)")
     add("--compile", action="store_true", help="also time the compiled training step")
-    add_common(parser, 32)
 
 
+# name -> what it does, its flags, the default of --batch-size, and its line of --help
 COMMANDS = {
-    "generation": (generation, add_generation, "FID, sFID, IS, precision, recall (Tab. 3)"),
-    "reconstruction": (reconstruction, add_reconstruction, "rFID, PSNR, LPIPS, MSE (Tab. 5)"),
-    "probe": (probe, add_probe, "linear probe of encoder, latent, flow blocks (Fig. 6)"),
-    "likelihood": (likelihood, add_likelihood, "exact log-likelihood of the latents (Eq. 4)"),
-    "map": (latent_map, add_map, "latents in two dimensions, by class (Fig. 4)"),
-    "cost": (cost, add_cost, "parameters, multiply-adds, speed (Tab. 2, 4, 10)"),
+    "generation": (generation, add_generation, 64, "FID, sFID, IS, precision, recall (Tab. 3)"),
+    "reconstruction": (reconstruction, add_reconstruction, 64, "rFID, PSNR, LPIPS, MSE (Tab. 5)"),
+    "probe": (probe, add_probe, 256, "linear probe of encoder, latent, flow blocks (Fig. 6)"),
+    "likelihood": (likelihood, add_likelihood, 64, "exact log-likelihood of the latents (Eq. 4)"),
+    "map": (latent_map, add_map, 256, "latents in two dimensions, by class (Fig. 4)"),
+    "cost": (cost, add_cost, 32, "parameters, multiply-adds, speed (Tab. 2, 4, 10)"),
 }
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags of evaluate.py; without `arguments` those of the command line."""
+    """The flags of evaluate.py; without `arguments` those of the command line.
+
+    What is wrong ends the program with one line and exit code 2, before anything is loaded.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(description="The numbers of the paper, each with its protocol (Sec. 4).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, add_flags, text) in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=text, description=text))
+    for name, (_, add_flags, batch_size, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_flags(command)
+        add_common(command, batch_size)
     flags = parser.parse_args(arguments)
     flags.command_line = shlex.join(["evaluate.py", *arguments])
 
+    # Each subcommand has some of these flags.
+    given = {name: value for name, value in vars(flags).items() if value is not None}
     for name in ("num", "num_train", "batch_size", "epochs", "runs", "crop"):
-        if getattr(flags, name, None) is not None and getattr(flags, name) < 1:
+        if given.get(name, 1) < 1:
             parser.error(f"{flag(name)} must be positive")
     for name in ("seed", "guidance", "num_workers"):
-        if not 0 <= (getattr(flags, name, None) or 0) < math.inf:
+        if not 0 <= given.get(name, 0) < math.inf:
             parser.error(f"{flag(name)} must not be negative, and finite")
-    if min(getattr(flags, "tokens", [2])) < 2:
+    if min(given.get("tokens", [2])) < 2:
         parser.error("--tokens must be at least 2")
-    low, high = getattr(flags, "mask_ratio", None) or (0, 0)
+    low, high = given.get("mask_ratio", (0, 0))
     if not 0 <= low <= high <= 1:
         parser.error(f"--mask-ratio needs 0 <= LOW <= HIGH <= 1, got {low:g} {high:g}")
-    for output in (getattr(flags, name, None) for name in ("json", "out", "npz")):
-        if output is not None and (output.is_dir() or not output.parent.is_dir()):
+    for output in (given[name] for name in ("json", "out", "npz") if name in given):
+        if output.is_dir() or not output.parent.is_dir():
             parser.error(f"{output} cannot be written: name a file in a folder that exists")
     return flags
 
@@ -1581,7 +1766,8 @@ def main(flags: argparse.Namespace) -> None:
     if getattr(flags, "num_workers", 0) is None:
         flags.num_workers = 8 if flags.device.type == "cuda" else 0
     start_processes(flags.device)
-    numbers = COMMANDS[flags.command][0](flags)
+    work = COMMANDS[flags.command][0]
+    numbers = work(flags)  # None on all ranks but 0
     if numbers is not None and rank() == 0:
         report(numbers, flags)
 
