@@ -12,10 +12,11 @@
       | linear
     mu (B, K, d)                          z = mu + sigma * eps is Eq. 1, drawn by the caller
 
-Why queries, and why replace instead of drop: the flow needs a sequence whose length and meaning
-do not depend on which patches happened to be hidden. MAE's visible-only tokens vary in number,
-SimMIM's vary in information; K query tokens that gather what the visible patches tell have
-neither problem.
+Why replace instead of drop: every image has N + K tokens, whatever its ratio, and a mask token
+tells the encoder that something is hidden at its place. Why queries: the flow needs a sequence
+whose length and meaning do not depend on which patches happened to be hidden. MAE's visible-only
+tokens vary in number, SimMIM's vary in information; K query tokens that gather what the visible
+patches tell have neither problem.
 
 The Vision Transformer below (Attention, MLP, Block) is written out here and shared with decoder.py.
 The encoder is deterministic: the mask and the noise are drawn by whoever calls it.

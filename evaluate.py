@@ -64,7 +64,6 @@ from train import (
     PRESETS,
     BrokenImage,
     Config,
-    FolderDataset,
     JointTraining,
     MIMFlow,
     Parser,
@@ -1299,20 +1298,13 @@ def draw_map(points: np.ndarray, labels: np.ndarray, names: list[str], path: Pat
     return True
 
 
-def known_labels(dataset: Dataset) -> np.ndarray:
-    """The labels (n,) of a dataset without opening its pictures."""
-    if isinstance(dataset, FolderDataset):
-        return dataset.labels
-    return np.arange(len(dataset)) % len(dataset.class_names)
-
-
 def pictures_of(classes: list[int], model: MIMFlow, flags: argparse.Namespace) -> Pictures:
     """At most --num validation pictures of these classes; [-1] is those of a model without."""
     pictures = Pictures(model, flags.data, "val", None, flags.seed)
     if classes != [-1]:
         if pictures.class_names != model.class_names:
             fail(f"{pictures.source} have other classes than {flags.checkpoint} was trained on")
-        pictures.numbers = np.flatnonzero(np.isin(known_labels(pictures.dataset), classes))
+        pictures.numbers = np.flatnonzero(np.isin(pictures.dataset.labels, classes))
     order = np.random.default_rng(flags.seed).permutation(len(pictures))[: flags.num]
     pictures.numbers = np.sort(pictures.numbers[order])
     if len(pictures) < 4:
@@ -1360,7 +1352,7 @@ def latent_map(flags: argparse.Namespace) -> dict[str, Any] | None:
     latents = torch.cat(parts).double()
     require_finite(latents, "the latent", flags)
     points, numbers = project(latents.numpy(), umap, flags.seed)
-    labels = known_labels(pictures.dataset)[pictures.numbers]
+    labels = pictures.dataset.labels[pictures.numbers]
     labels = labels if classes != [-1] else np.full(len(points), -1)
     names = [model.class_names[i] if i >= 0 else "no class" for i in np.unique(labels)]
     out = flags.out or flags.checkpoint.with_name("map.png")

@@ -168,11 +168,12 @@ def sequential(u: Tensor, predict: Predict, watch: Watch) -> Tensor:
 def jacobi(u: Tensor, predict: Predict, watch: Watch, tolerance: float, window: int) -> Tensor:
     """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
 
-    A sweep puts a guess of x into the right-hand side for all tokens of a window. A token is solved
-    when no token before it has just changed by more than `tolerance`; the window then begins after
-    it (Gauss-Seidel). That is one token a sweep at least, so K - 1 sweeps are always enough, and
-    exact; mostly far fewer are needed. paper: fixed segments; here: a window that moves on with
-    what is solved, because it needs no bound on the sweeps and repeats no solved token.
+    A sweep puts a guess of x into the right-hand side for all tokens of a window. A token is
+    solved when no token before it has just changed by more than `tolerance`; the window then
+    begins after it (Gauss-Seidel). That is one token a sweep at least, so K - 1 sweeps always
+    suffice. Tolerance 0 is exact; otherwise errors of about `tolerance` enter, and mostly far
+    fewer sweeps are needed. paper: fixed segments; here: a window that moves on with what is
+    solved, because it needs no bound on the sweeps and repeats no solved token.
     """
     x, K, first = u.clone(), u.shape[1], 1  # token 0 passes unchanged; for the others u is a guess
     while first < K:
@@ -228,7 +229,8 @@ class AutoregressiveBlock(nn.Module):
         return x.flip(-2) if self.backward else x
 
     def condition(self, labels: Tensor) -> Tensor | float:
-        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN embedding."""
+        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN embedding, as in
+        TARFlow: no class of its own, trained through the labels that are dropped."""
         if self.class_embed is None:
             return 0.0
         null = self.class_embed.mean(dim=0)

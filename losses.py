@@ -19,7 +19,7 @@ alone on L_ft, against the discriminator.
 
 Every loss is one number per image, (B,): averaging first over an image and then over images is
 what makes one process on a joint batch and many processes on its parts the same computation. The
-weights and their sum are in train.py, where the model is.
+weights lambda come from train.Config.
 """
 
 import hashlib

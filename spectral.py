@@ -32,7 +32,8 @@ converged, with its residual; --check, which squares nothing, still tells.
 J is block-diagonal over a batch, so one product serves all of its images; each has its own scalars.
 Where J is taken: real validation pictures, hidden and noised as in training, z = mu + sigma eps
 (Eq. 1), the mask ratio after its warm-up; conditional on the true class, or unconditional where the
-run or the pictures have no classes. The draws of a picture depend on --seed and its number alone.
+run or the pictures have no classes. The draws of a picture depend on --seed,
+its number and the checkpoint's mask settings alone.
 
 Cost of one product with A, counted: a JVP (torch multiplies the weights three times) and a VJP
 (once, weights need no gradient). mimflow-l: 0.36 + 0.12 TFLOP per image, 14 s on one CPU core. In

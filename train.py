@@ -12,23 +12,24 @@ Phase 1 (`JointTraining`): encoder, flow and decoder together.
     z, labels --flow--> u (B,K,d), logdet (B,)                        -> L_NLL           Eq. 4
     z --decoder--> image (B,3,H,W)                                    -> L_recon         Eq. 5
     z --auxiliary decoders--> (B,N,C_t), frozen teachers(images)      -> L_aux           Eq. 7
-    loss = lambda L_NLL + L_recon + L_aux                                                Eq. 6
+    loss = lambda_nll L_NLL + L_recon + L_aux                                    Eq. 6 and 7
 
 Phase 2 (`DecoderTraining`): encoder and flow stay as they are, the decoder plays against a
 discriminator.
 
     z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN
-    loss = L_recon + 0.05 L_GAN                                                          Eq. 8
+    loss = L_recon + lambda_gan L_GAN                                                    Eq. 8
 
 The file reads in this order: the configuration, the pictures, the model, the two objectives,
 randomness and processes, checkpoints, the loop (`main`), the command line.
 
-The same command continues an unfinished run, exactly, with any number of processes on devices of
-the same type, because nothing random needs saving: the order of the data is a function of (seed,
-step), the augmentation of (seed, epoch, index), and mask, noise, label drop and drop-path come from
-one generator seeded with (seed, step), drawn for the global batch and sliced by rank. (The one
-exception: the discriminator's BatchNorm sees the share of one process, unless on CUDA, where it is
-synchronised; so on CPU the number of processes, and anywhere --grad-accum, changes phase 2.)
+The same command continues an unfinished run, exactly (with another number of processes: up to
+rounding), on devices of the same type, because nothing random needs saving: the order of the data
+is a function of (seed, step), the augmentation of (seed, epoch, index), and mask, noise, label drop
+and drop-path come from one generator seeded with (seed, step), drawn for the global batch and
+sliced by rank. (The one exception: the discriminator's BatchNorm sees the share of one process,
+unless on CUDA, where it is synchronised; so on CPU the number of processes, and anywhere
+--grad-accum, changes phase 2.)
 """
 
 import argparse
@@ -94,7 +95,6 @@ SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pi
 MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a silent process or data worker is an error
-MIN_PERCEPTUAL_SIDE = 16  # pixels; below, VGG's last maps are empty
 
 
 def fail(message: str, code: int = 1, every_rank: bool = False) -> NoReturn:
@@ -286,7 +286,8 @@ DECODER_PHASE: dict[str, dict[str, Any]] = {
     "starflow-l": dict(epochs=2),
 }
 
-# Fields that may change when a run is continued; any other difference makes it another run. (With a
+# Fields that may change when a run is continued; any other difference makes it another run. (`data`
+# may, because folders move: that its classes are the same is all that is checked. With a
 # learning rate that decays, more --steps continue it on another schedule; exact needs equal steps.)
 MAY_CHANGE = {
     "data", "num_workers", "skip_bad_images", "vgg", "convnext", "dino", "clip",
@@ -348,8 +349,8 @@ def check_config(config: Config) -> None:
     if c.init is None and (c.phase == "decoder" or c.freeze_autoencoder):
         what = "phase 2" if c.phase == "decoder" else "a frozen autoencoder"
         fail(f"{what} begins with a trained one: add --init CKPT (the model.pt of phase 1)", 2)
-    if c.perceptual_weight and c.image_size < MIN_PERCEPTUAL_SIDE:
-        fail(f"LPIPS needs pictures of {MIN_PERCEPTUAL_SIDE} pixels: add --perceptual-weight 0", 2)
+    if c.perceptual_weight and c.image_size < Perceptual.MIN_SIDE:
+        fail(f"LPIPS needs pictures of {Perceptual.MIN_SIDE} pixels: --perceptual-weight 0", 2)
     if c.phase == "decoder" and c.gan_weight and c.image_size < PatchDiscriminator.MIN_SIDE:
         fail(f"the discriminator needs {PatchDiscriminator.MIN_SIDE} pixels: --gan-weight 0", 2)
     if (c.steps is not None and c.steps < 1) or c.epochs <= 0:
@@ -458,6 +459,7 @@ class ShapesDataset(Dataset):
         self.image_size, self.split = image_size, split
         self.class_names = tuple(SHAPES)
         self.length = {"train": 50_000, "val": 2_000}[split]
+        self.labels = np.arange(self.length) % len(SHAPES)
 
     def __len__(self) -> int:
         return self.length
@@ -467,7 +469,7 @@ class ShapesDataset(Dataset):
         index = key[1] if isinstance(key, tuple) else key
         if not 0 <= index < self.length:
             raise IndexError(index)
-        label = index % len(SHAPES)
+        label = int(self.labels[index])
         rng = np.random.default_rng((0 if self.split == "train" else 1, index))
         return to_tensor(draw_shape(label, rng, self.image_size)), label
 
@@ -883,7 +885,8 @@ class JointTraining(nn.Module):
         with torch.no_grad():
             # Per-block mean square: 1 at the end is a flow that reaches the unit Gaussian.
             logs["block_mean_square"] = torch.stack([x.square().mean() for x in outputs])
-            # Near 0 the latent has collapsed: the flow is content and the picture is lost.
+            # Over the images of this forward pass, so comparable between equal parts only. Near 0
+            # the latent has collapsed: the flow is content and the picture is lost.
             logs["mu_std"] = mu.std(dim=0, correction=0).mean()
         return loss.mean(), logs, None if painted is None else painted.detach()
 
@@ -947,7 +950,11 @@ def sample_noise(seed: int, indices: range, num_latents: int, latent_dim: int) -
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema += (1 - decay) (model - ema), in place, with decay at most (1 + step) / (10 + step)."""
+    """ema += (1 - decay) (model - ema), in place.
+
+    paper: decay 0.9999 throughout; here: at most (1 + step) / (10 + step), because the weights of
+    the first steps would otherwise weigh on the average for tens of thousands more.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
@@ -1430,8 +1437,8 @@ def main(config: Config, overwrite: bool = False) -> None:
     elif discriminator is not None:
         saved |= {"discriminator": discriminator, "discriminator_optimizer": optimizers[1]}
     start = 0
-    skipped = torch.zeros((), device=device)  # steps whose gradient was not finite, ...
-    in_a_row = torch.zeros((), device=device)  # ... and the latest of them without a pause
+    skipped = torch.zeros((), device=device)  # steps whose gradient was not finite
+    in_a_row = torch.zeros((), device=device)  # of these, the unbroken run up to now
     if checkpoint is not None:
         for name, part in saved.items():
             part.load_state_dict(checkpoint[name])
@@ -1545,7 +1552,8 @@ def main(config: Config, overwrite: bool = False) -> None:
             logs.append(part_logs)
 
         # Update. If a gradient is not finite no weight moves (found_inf, as torch's GradScaler
-        # does it: the decision stays on the device); ten such steps in a row end the run.
+        # does it: the decision stays on the device). Ten in a row, seen when the counts are read,
+        # end the run.
         norms = [nn.utils.clip_grad_norm_(player.parameters(), c.grad_clip) for player in players]
         not_finite = 1 - torch.stack(norms).isfinite().all().float()
         for optimizer in optimizers:

@@ -579,8 +579,8 @@ def test_probe_reads_class_folders_and_asks_for_a_val_split(checkpoint, tmp_path
     assert found["top1_percent"]["encoder_features"] == 100
     protocol = found["protocol"]
     assert (protocol["train_pictures"], protocol["val_pictures"], protocol["epochs"]) == (12, 6, 20)
-    labels = evaluate.known_labels(train.open_dataset("set", 16, "val"))
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    dataset = train.open_dataset("set", 16, "val")
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1] == [label for _, label in dataset]
     for folder, message in (("set/train", "no val/ beside train/"), ("set/train/c0", "no classes")):
         with pytest.raises(SystemExit) as stopped:
             run("probe", checkpoint, "--data", folder)

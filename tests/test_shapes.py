@@ -535,7 +535,6 @@ def run_the_measures(checker: Checker, out: Path) -> None:
     (out / "pictures").mkdir()
     train.save_png(torch.zeros(3, 3, 20, 30), 3, out / "pictures/a.png")
     evaluate.PictureSet(out / "pictures")[range(1)]
-    evaluate.known_labels(train.open_dataset(str(out / "pictures"), 24))
 
 
 @pytest.fixture(scope="module")
