@@ -70,7 +70,11 @@ class KeyValueCache:
 
 
 class CausalGatedAttention(nn.Module):
-    """Self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated Attn.")."""
+    """Self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated Attn.").
+
+    In three parts: what each token asks, offers and lets pass; the mixing, where alone tokens meet;
+    what each token takes away.
+    """
 
     def __init__(self, width: int, head_dim: int, gated: bool):
         super().__init__()
@@ -81,21 +85,26 @@ class CausalGatedAttention(nn.Module):
         self.gate = nn.Linear(width, width) if gated else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
-        B, T, C = x.shape  # batch, tokens, width
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, C) -> queries, keys and values (3, B, heads, T, hd), and the gate (B, T, C)."""
+        B, T, _ = x.shape  # batch, tokens, width
         qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        return qkv, None if self.gate is None else torch.sigmoid(self.gate(x))
+
+    def mix(self, qkv: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        """(3, B, heads, T, hd) -> (B, heads, T, hd). With a cache: T tokens after those in it."""
         q, k, v = qkv  # (B, heads, T, hd) each
         if cache is not None:
             k, v = cache.append(layer, qkv[1:])  # (B, heads, S, hd) each
-        S, mask = k.shape[2], None  # the T tokens are the last of S; a single one sees all S
+        T, S, mask = q.shape[2], k.shape[2], None  # the last T of S tokens; a single one sees all
         if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)  # (B, heads, T, hd)
-        out = out.transpose(1, 2).reshape(B, T, C)
-        if self.gate is not None:
-            out = out * torch.sigmoid(self.gate(x))
-        return self.proj(out)
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
+
+    def merge(self, out: Tensor, gate: Tensor | None) -> Tensor:
+        """(B, heads, T, hd) and the gate -> (B, T, C)."""
+        out = out.transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.proj(out if gate is None else out * gate)
 
 
 class Layer(nn.Module):
@@ -110,9 +119,22 @@ class Layer(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attention(self.norm1(x), cache, layer)
+    # `before` and `after` treat each token alone: no cache, and sampling calls them with the same
+    # shapes for every token. That is what makes them easy to compile (sample.py --compile).
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, C) -> queries, keys, values (3, B, heads, T, hd) and the gate (B, T, C)."""
+        return self.attention.split(self.norm1(x))
+
+    def after(self, x: Tensor, out: Tensor, gate: Tensor | None) -> Tensor:
+        """x (B, T, C), out (B, heads, T, hd) of the attention, and its gate -> (B, T, C)."""
+        x = x + self.attention.merge(out, gate)
         return x + self.mlp(self.norm2(x))
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
+        qkv, gate = self.before(x)
+        return self.after(x, self.attention.mix(qkv, cache, layer), gate)
 
 
 # --------------------------------------------------------------------------------------------------

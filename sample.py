@@ -16,10 +16,13 @@ OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps to
 
 The flow is inverted token by token, or with --sampler jacobi by iterating over many tokens at once,
 to the same latents up to --tolerance; a single picture on a GPU is where that can pay. auto times
-both first: what it took is printed, since the last bits of the pictures depend on it.
+both first: what it took is printed, since the last bits of the pictures depend on it. For many
+batches token by token, --compile fuses what happens between two attentions, and --cuda-graph
+replays a recorded batch without Python; both take their time once, before the third batch.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -34,8 +37,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
+from flow import NormalizingFlow
 from train import (
     MIMFlow,
     Parser,
@@ -108,6 +113,60 @@ def in_bfloat16(options: argparse.Namespace, device: torch.device) -> bool:
     if options.bf16 is not None:
         return options.bf16
     return uses_bf16(device) and options.sampler == "sequential"
+
+
+def compile_layers(flow: NormalizingFlow) -> None:
+    """Compile what each layer does to a token by itself; attention over the cache stays as it is.
+
+    Those two pieces see the same shapes at every token of a batch, so each is compiled once for the
+    whole flow. With the cache in them, every length would be another program.
+    """
+    for block in flow.blocks:
+        for layer in block.layers:
+            layer.before = torch.compile(layer.before)
+            layer.after = torch.compile(layer.after)
+
+
+class RecordedInverse:
+    """flow.inverse on CUDA, recorded as a graph and replayed, with the same arguments and results.
+
+    Token by token, a small batch leaves the GPU waiting: Python launches thousands of small kernels
+    one after the other. But it launches the same ones for every batch, since nothing in the token
+    loop depends on a number. So the first batch of a size runs as always, and fills caches; the
+    second is recorded; from then on the GPU repeats the recording by itself, on new noise.
+    """
+
+    def __init__(self, inverse: Callable[..., Tensor]):
+        self.inverse = inverse
+        self.graphs: dict[tuple, tuple | None] = {}  # shape and rule -> graph, inputs, output
+
+    def __call__(
+        self, u: Tensor, labels: Tensor, guidance: float, watch: Callable, **rule: Any
+    ) -> Tensor:
+        call = functools.partial(self.inverse, guidance=guidance, **rule)
+        key = (*u.shape, guidance, *sorted(rule.items()))
+        if rule["sampler"] != "sequential" or key not in self.graphs:
+            self.graphs[key] = None
+            return call(u, labels, watch=watch)
+        if self.graphs[key] is None:
+            self.graphs[key] = self.record(call, u.clone(), labels.clone())
+        graph, u_in, labels_in, z = self.graphs[key]
+        u_in.copy_(u)
+        labels_in.copy_(labels)
+        graph.replay()
+        return z.clone()  # the next replay writes there again
+
+    def record(self, call: Callable[..., Tensor], u: Tensor, labels: Tensor) -> tuple:
+        """The graph of one inversion, the tensors that it reads from, and the one it writes to."""
+        graph = torch.cuda.CUDAGraph()
+        # Autocast keeps the bfloat16 weights it has made. Those from before would be gone when the
+        # graph is replayed, those made here would be overwritten by it: each side makes its own.
+        torch.clear_autocast_cache()
+        # thread_local: under torchrun, NCCL's own thread may talk to the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            z = call(u, labels)
+        torch.clear_autocast_cache()
+        return graph, u, labels, z
 
 
 def draw(
@@ -324,6 +383,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tolerance", type=float, default=1e-5, metavar="X", help=text)
     text = "matrices in bfloat16 (default: on CUDA, but for jacobi)"
     add("--bf16", action=argparse.BooleanOptionalAction, help=text)
+    add("--compile", action="store_true", help="compile the layers' steps with torch.compile")
+    text = "record a batch and replay it: on CUDA, token by token"
+    add("--cuda-graph", action="store_true", help=text)
     text = "pictures at a time on one process (default: 64)"
     add("--batch-size", type=int, default=64, metavar="N", help=text)
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
@@ -341,6 +403,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--seed and --guidance must not be negative, and finite")
     if not 0 <= options.tolerance < math.inf:
         parser.error("--tolerance must not be negative, and finite")
+    if options.cuda_graph and options.sampler == "jacobi":
+        parser.error(
+            "--cuda-graph is for --sampler sequential: jacobi waits for the GPU each sweep"
+        )
     return options
 
 
@@ -348,6 +414,8 @@ def main(options: argparse.Namespace) -> None:
     """Draw what the flags ask for."""
     # The model and what to draw; everything that can be wrong is checked before the work.
     device = select_device(options.device)
+    if options.cuda_graph and device.type != "cuda":
+        fail(f"--cuda-graph needs a CUDA device, this is {device.type}: leave it out", 2)
     path = find_checkpoint(options.checkpoint)
     model = load_checkpoint(path, device)
     if options.info:
@@ -373,6 +441,10 @@ def main(options: argparse.Namespace) -> None:
 
     # Draw in batches over all processes, then one process puts them together.
     start_processes(device)
+    if options.compile:
+        compile_layers(model.flow)
+    if options.cuda_graph:
+        model.flow.inverse = RecordedInverse(model.flow.inverse)
     if options.sampler == "auto":
         options.sampler = choose_sampler(model, classes, options)
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}

@@ -1726,10 +1726,12 @@ def run_program(work: Callable[[], None]) -> None:
     except OSError as error:
         fail(f"reading or writing failed: {error}", every_rank=True)
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        fail(f"a data worker ended ({reason}): try fewer --num-workers, or 0", every_rank=True)
+        reason = str(error).partition("\n")[0]
+        if "DataLoader" in str(error):
+            fail(f"a data worker ended ({reason}): try fewer --num-workers, or 0", every_rank=True)
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            fail(f"torch.compile failed ({reason}): leave --compile out", every_rank=True)
+        raise
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on (train.py: without --overwrite)", 130)
 

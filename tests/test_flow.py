@@ -198,14 +198,19 @@ def test_layer_without_gate_equals_torch_transformer_layer():
 def test_gate_multiplies_the_heads_before_the_output_projection():
     attention = randomize(CausalGatedAttention(16, 8, gated=True))
     x = torch.randn(2, 5, 16)
+
+    def attend(x):
+        qkv, gate = attention.split(x)
+        return attention.merge(attention.mix(qkv, None, 0), gate)
+
     with torch.no_grad():
         attention.gate.weight.zero_()
         attention.gate.bias.fill_(30.0)  # sigmoid = 1: the gate is open
-        opened = attention(x)
+        opened = attend(x)
         attention.gate.bias.zero_()  # sigmoid = 1/2
-        half = attention(x)
+        half = attend(x)
         attention.gate.bias.fill_(-30.0)  # closed: only the bias of the projection is left
-        closed = attention(x)
+        closed = attend(x)
     torch.testing.assert_close(half, (opened + closed) / 2, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(closed, attention.proj.bias.expand_as(closed), atol=1e-5, rtol=1e-5)
 

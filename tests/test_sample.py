@@ -1,17 +1,21 @@
 """sample.py: the same set from any number of processes, the files, and bad input."""
 
 import argparse
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import ENVIRONMENT, ROOT, randomize
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
+from flow import NormalizingFlow
 
 
 @pytest.fixture
@@ -145,6 +149,8 @@ def test_a_model_without_labels(tiny, tmp_path, capsys):
         (["--guidance", "-1"], "must not be negative"),
         (["--tolerance", "nan"], "must not be negative"),
         (["--sampler", "newton"], "--sampler"),
+        (["--cuda-graph"], "needs a CUDA device"),
+        (["--cuda-graph", "--sampler", "jacobi"], "--cuda-graph is for --sampler sequential"),
         (["--out", "/nowhere/g.png"], "folder /nowhere"),
     ],
 )
@@ -249,3 +255,137 @@ def test_bar_counts_tokens_of_one_batch_and_batches_of_many(
         assert "tokens: 100%" in (shown := capsys.readouterr().err) and "6/6" in shown
     run(one_block_at_once, "--num", "5", "--batch-size", "2", "--npz", tmp_path / "s.npz")
     assert "batches: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+
+
+# --------------------------------------------------------------------------------------------------
+# Faster paths
+
+
+@pytest.fixture
+def flow():
+    return randomize(NormalizingFlow(6, 4, 16, (1, 2), 8, 10)).requires_grad_(False)
+
+
+def noise_and_labels(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, 4, generator=generator), torch.arange(count) + seed % 2
+
+
+@pytest.mark.parametrize("sampler", ["sequential", "jacobi"])
+def test_compiled_layers_find_the_same_latents_without_a_program_a_token(flow, sampler):
+    torch._dynamo.reset()
+    u, labels = noise_and_labels(3, 0)
+    plain = flow.inverse(u, labels, 1.5, sampler=sampler)
+    sample.compile_layers(flow)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = flow.inverse(u, labels, 1.5, sampler=sampler)
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+    # Two pieces, for batches with and without guidance; jacobi's windows have any length.
+    assert 0 < programs <= (4 if sampler == "sequential" else 12)
+
+
+def test_compile_on_the_command_line(checkpoint, tmp_path, monkeypatch):
+    flags = ("--num", "12", "--batch-size", "6", "--npz")
+    run(checkpoint, *flags, tmp_path / "plain.npz")
+    run(checkpoint, *flags, tmp_path / "compiled.npz", "--compile")
+    assert abs(pictures(tmp_path / "compiled.npz") - pictures(tmp_path / "plain.npz")).max() <= 1
+    # A machine without a C++ compiler, and nothing left from one that had it.
+    command = (sys.executable, ROOT / "sample.py", checkpoint, "--device", "cpu", "--compile")
+    environment = {**ENVIRONMENT, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and "leave --compile out" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: keeps each operation with its tensors, does all of them
+    again on the same memory, and knows nothing of the Python that chose them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # Each of these would make the GPU's answer decide what Python does.
+        assert function not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ), f"{function} waits for the device"
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            old, new = (x if isinstance(x, (tuple, list)) else (x,) for x in (result, again))
+            for a, b in zip(old, new, strict=True):
+                if isinstance(a, torch.Tensor) and a.data_ptr() != b.data_ptr():
+                    a.copy_(b)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """CUDA's graphs replaced by recorders; a list of those that were made."""
+    made = []
+
+    def graph(recorder, capture_error_mode):
+        made.append(recorder)
+        return recorder
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return made
+
+
+def test_a_recorded_inversion_follows_new_noise_and_labels(flow, recorded):
+    inverse = sample.RecordedInverse(flow.inverse)
+    rule = dict(annealed=True, rule="tarflow", sampler="sequential", tolerance=1e-5)
+    found, graphs, given = [], [], []
+    sizes = (3, 3, 3, 2, 3, 2, 2)
+    for seed, size in enumerate(sizes):
+        u, labels = noise_and_labels(size, seed)
+        given.append((u, u.clone()))
+        found.append(inverse(u, labels, 1.5, watch=lambda block, solved: None, **rule))
+        graphs.append(len(recorded))
+    for seed, size in enumerate(sizes):  # after all: no result is written over by a later replay
+        expected = flow.inverse(*noise_and_labels(size, seed), 1.5)
+        torch.testing.assert_close(found[seed], expected, atol=1e-6, rtol=1e-6)
+    assert all((u == kept).all() for u, kept in given)
+    assert graphs == [0, 1, 1, 1, 1, 2, 2]  # the first of a size runs as always
+    u, labels = noise_and_labels(3, 9)
+    other = inverse(u, labels, 0.5, watch=lambda block, solved: None, **rule)
+    torch.testing.assert_close(other, flow.inverse(u, labels, 0.5))  # not the graph of 1.5
+    assert len(recorded) == 2
+
+
+def test_recorded_sets_are_the_plain_ones(checkpoint, tmp_path, recorded, monkeypatch):
+    flags = ("--num", "23", "--batch-size", "5", "--guidance", "1")
+    run(checkpoint, *flags, "--npz", tmp_path / "plain.npz")
+    pretended = argparse.Namespace(type="cuda", index=0)  # passes the check, then is a CPU again
+
+    def select(name):
+        monkeypatch.setattr(sample, "start_processes", lambda device: None)
+        return pretended
+
+    monkeypatch.setattr(sample, "select_device", select)
+    monkeypatch.setattr(sample, "load_checkpoint", lambda path, _: train.load_checkpoint(path))
+    run(checkpoint, *flags, "--cuda-graph", "--npz", tmp_path / "graph.npz")
+    assert len(recorded) == 1  # five batches, of them the last one smaller
+    assert abs(pictures(tmp_path / "graph.npz") - pictures(tmp_path / "plain.npz")).max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a graph: needs a CUDA device")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_cuda_graph_gives_what_the_plain_path_gives(flow, bf16):
+    flow.cuda().requires_grad_(True)  # as loaded: autocast keeps only weights that need gradients
+    inverse = sample.RecordedInverse(flow.inverse)
+    rule = dict(annealed=True, rule="tarflow", sampler="sequential", tolerance=1e-5)
+    for seed in range(4):
+        u, labels = (x.cuda() for x in noise_and_labels(3, seed))
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            found = inverse(u, labels, 1.5, watch=lambda block, solved: None, **rule)
+            expected = flow.inverse(u, labels, 1.5)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -370,6 +370,27 @@ train.main(train.parse_arguments(sys.argv[1:])[0])
 """
 
 
+def test_compiled_training_takes_the_same_steps(tiny, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile, but without its code generator, which takes a
+    minute."""
+    compiled, calls = torch.compile, []
+
+    def trace(module):
+        calls.append(module)
+        return compiled(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    train.main(replace(tiny, out=str(tmp_path / "plain")))
+    assert not calls
+    train.main(replace(tiny, out=str(tmp_path / "compiled"), compile=True))
+    assert len(calls) == 1
+    one, two = (
+        torch.load(tmp_path / n / "model.pt", weights_only=True) for n in ("plain", "compiled")
+    )
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, atol=1e-5, rtol=1e-5)
+
+
 def test_two_processes_equal_one_and_may_take_over(tiny_flags, tmp_path):
     script = tmp_path / "run64.py"
     script.write_text(RUN_IN_FLOAT64)
