@@ -40,6 +40,7 @@ import statistics
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ from tqdm import tqdm
 
 import losses
 import sample
+from flow import DEEP_WINDOW
 from train import (
     PRESETS,
     BrokenImage,
@@ -88,6 +90,7 @@ from train import (
     save_png,
     say,
     select_device,
+    shown_classes,
     start_processes,
     stop_processes,
     to_uint8,
@@ -114,6 +117,8 @@ PROBE_EPOCHS, PROBE_BATCH, PROBE_LR, PROBE_MOMENTUM, PROBE_DECAY = 90, 2048, 0.1
 
 # Cost
 TOKENS = (64, 128, 256, 1024)  # numbers of latent tokens compared in Tab. 10
+BATCHES = (1, 8, 64, 256)  # pictures drawn at a time
+RANDOM_STD = 0.01  # of the last layer of each block of an untrained flow, which starts as identity
 WARM_UP = 2  # calls before those that are timed
 LONG_ENOUGH = 10.0  # seconds after which a timing is not repeated any more
 
@@ -1370,14 +1375,15 @@ def latent_map(flags: argparse.Namespace) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------------------------------
 # cost (Tab. 2, 4 and 10)
 #
-# What does a model cost to train and to sample from? No checkpoint: speed does not depend on the
-# weights. Counts are exact and the same everywhere; times are of this machine, and compare with the
-# paper's (8 A100s for Tab. 4, an H20 for Tab. 10) only as ratios. Three traps:
+# What does a model cost to train and to sample from? A preset will do: speed does not depend on the
+# weights, but for jacobi's number of sweeps, so a checkpoint may be given. Counts are exact and the
+# same everywhere; times are of this machine, and compare with the paper's (8 A100s for Tab. 4, an
+# H20 for Tab. 10) only as ratios. Three traps:
 #
 # - Tab. 2 says "FLOPs" and counts multiply-adds, as is usual; strictly they are two operations
 #   each. Its 71.25 G are encoder and decoder for one image; norms, softmax and sums do not count.
 # - On a GPU, token-by-token sampling waits for memory, not for arithmetic: a batch takes little
-#   longer than one image, so "s an image" means nothing without its batch. Hence two columns.
+#   longer than one image, so "s an image" means nothing without its batch. Hence a row each.
 # - A GPU answers before it has finished, hence the synchronisation; the first calls choose kernels
 #   and fill caches, hence the warming up; a shared machine has outliers, hence the median.
 
@@ -1505,6 +1511,91 @@ def time_training(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def memory_bandwidth(device: torch.device, runs: int) -> float:
+    """Bytes a second that a copy of a large tensor reads and writes."""
+    a = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device)  # beyond any cache
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / measure(lambda: b.copy_(a), device, 10 * runs)
+
+
+def drawing(guidance: float, sampler: str) -> argparse.Namespace:
+    """The flags of sample.py that `sample.draw` reads, as they are by default."""
+    return argparse.Namespace(
+        **vars(sample.parse_arguments([])) | {"guidance": guidance, "sampler": sampler}
+    )
+
+
+class Passes:
+    """Counts the calls of each block while a batch is drawn, and what each must read from memory:
+    the block's weights, and the keys and values of the tokens so far. A `watch` of flow.inverse.
+    """
+
+    def __init__(self, model: MIMFlow, batch: int, options: argparse.Namespace):
+        self.flow, self.batch, self.options = model.flow, batch, options
+        self.size = 2 if sample.in_bfloat16(options, model.decoder.coordinates.device) else 4
+        self.count, self.solved = 0, Counter()  # tokens solved of each block
+        self.bytes = self.size * count_parameters(model.decoder)
+
+    def __call__(self, number: int, solved: int) -> None:
+        block, K = self.flow.blocks[number], self.flow.num_latents
+        deep = number == len(self.flow.blocks) - 1
+        window = DEEP_WINDOW if deep else K
+        reach = 1 if self.options.sampler == "sequential" else window  # tokens in one pass
+        tokens = min(self.solved[number] + reach, K - 1)
+        rows = self.batch * (2 if deep and self.options.guidance else 1)
+        cache = rows * tokens * 2 * len(block.layers) * block.position.shape[1]
+        self.bytes += self.size * (count_parameters(block) + cache)
+        self.count += 1
+        self.solved[number] += solved
+
+
+def ways_to_sample(model: MIMFlow, flags: argparse.Namespace) -> Iterable[tuple[str, str]]:
+    """Flags of sample.py and the sampler they choose; the model is made ready before each."""
+    yield "--sampler sequential", "sequential"
+    yield "--sampler jacobi", "jacobi"
+    faster = []
+    if flags.compile:
+        sample.compile_layers(model.flow)
+        faster.append("--compile")
+        yield " ".join(faster), "sequential"
+    if flags.device.type == "cuda":
+        model.flow.inverse = sample.RecordedInverse(model.flow.inverse)
+        yield " ".join([*faster, "--cuda-graph"]), "sequential"
+
+
+def time_sampling(model: MIMFlow, flags: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds from noise to uint8 pictures, by batch, guidance and sampler, beside a floor.
+
+    The floor is what the batch would take if this machine only did its matrix products at the peak,
+    or only read weights, keys and values at the speed of a copy, whichever is longer.
+    """
+    c, device = model.config, flags.device
+    peak, bandwidth = matmul_peak(device, flags.runs), memory_bandwidth(device, flags.runs)
+    classes = shown_classes(c.num_classes)
+    guidances = (0.0, c.guidance) if c.num_classes and c.guidance else (0.0,)
+    rows, counted = {}, {}
+    for way, sampler in ways_to_sample(model, flags):
+        cases = [(w, batch) for w in guidances for batch in flags.batches]
+        for guidance, batch in progress(cases, way):
+            options, case = drawing(guidance, sampler), (sampler, guidance, batch)
+            draw = functools.partial(sample.draw, model, range(batch), classes, options)
+            if case not in counted:  # the same work, however it is launched
+                watch = Passes(model, batch, options)
+                work = count_multiply_adds(functools.partial(draw, watch))
+                counted[case] = work, watch
+            work, watch = counted[case]
+            seconds = measure(draw, device, flags.runs)
+            rows[f"{way}, guidance {guidance:g}, batch {batch}"] = {
+                "s_an_image": seconds / batch,
+                "images_a_s": batch / seconds,
+                "s_a_batch": seconds,
+                "floor_s": max(work / peak, watch.bytes / bandwidth),
+                "of_peak": work / seconds / peak,
+                "passes": watch.count,
+            }
+    return rows
+
+
 def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Tab. 10: the flow alone in training, and sampling, for several numbers of tokens K.
 
@@ -1512,11 +1603,12 @@ def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str
     each looking back at all before it: K steps that grow with K.
     """
     device, size, rows = flags.device, flags.batch_size, {}
+    options, classes = drawing(0.0, "sequential"), shown_classes(config.num_classes)
     for count in progress(flags.tokens, "tokens"):
         config = replace(config, num_latents=count)
         model = MIMFlow(config).to(device).eval()
         noise = sample_noise(0, range(size), count, config.latent_dim).to(device)  # (B, K, d)
-        labels = torch.arange(size, device=device) % config.num_classes
+        labels = torch.arange(size, device=device) % max(config.num_classes, 1)
 
         def train_flow(model=model, noise=noise, labels=labels) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device)):
@@ -1524,8 +1616,8 @@ def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str
                 square, other = losses.flow_nll(u, logdet)
             (square + other).mean().backward()
 
-        def draw(batch: int, model=model, noise=noise, labels=labels) -> Callable[[], Any]:
-            return lambda: model.sample(noise[:batch], labels[:batch])
+        def draw(batch: int, model=model) -> Callable[[], Any]:
+            return functools.partial(sample.draw, model, range(batch), classes, options)
 
         rows[str(count)] = {
             "flow_training_ms_a_step": 1000 * measure(train_flow, device, flags.runs),
@@ -1535,17 +1627,39 @@ def time_tokens(config: Config, flags: argparse.Namespace) -> dict[str, dict[str
     return rows
 
 
+def model_to_time(flags: argparse.Namespace) -> MIMFlow:
+    """The checkpoint's model, or one of the preset with weights that are not the identity."""
+    if flags.checkpoint is not None:
+        return load_checkpoint(flags.checkpoint, flags.device)
+    model = MIMFlow(preset_config(flags.preset)).to(flags.device).eval()
+    for block in model.flow.blocks:
+        nn.init.normal_(block.proj_out.weight, std=RANDOM_STD)
+    return model
+
+
 def cost(flags: argparse.Namespace) -> dict[str, Any]:
     """Parameters and multiply-adds by part, milliseconds a training step, seconds an image."""
-    config = preset_config(flags.preset)
+    model = model_to_time(flags)
+    config = model.config
     numbers: dict[str, Any] = {"parts": count_parts(config)}
-    protocol = {"preset": flags.preset, "image_size": config.image_size}
+    weights = (
+        f"random, std {RANDOM_STD} in the last layer of each block: jacobi's sweeps are theirs"
+    )
+    protocol = {"preset": config.preset, "image_size": config.image_size, "weights": weights}
+    if flags.checkpoint is not None:
+        protocol["weights"] = describe_checkpoint(Path(flags.checkpoint), model)
     protocol["multiply_adds"] = "for one image, matrix products, attention and convolutions"
     if not flags.no_timing:
         numbers["training"] = time_training(config, flags)
+        numbers["sampling"] = time_sampling(model, flags)
         numbers["tokens"] = time_tokens(config, flags)
         dtype = "bfloat16 autocast" if uses_bf16(flags.device) else "float32"
-        protocol |= {"training": dtype, "sampling": "float32, guidance 0"}
+        protocol |= {
+            "training": dtype,
+            "sampling": f"{dtype}; jacobi float32",
+            "tokens": "guidance 0",
+        }
+        protocol |= {"floor_s": "matrix products at the peak, or memory at the speed of a copy"}
         protocol |= {"threads": torch.get_num_threads(), "timing": "median, after warming up"}
         if flags.device.type != "cuda":
             protocol["left_out"] = {"peak_memory_gb": "counted on CUDA only"}
@@ -1579,11 +1693,28 @@ def cell(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
+def shared_names(value: Any) -> tuple[str, ...] | None:
+    """The column names of a dictionary of rows, two or more; None for anything else."""
+    rows = list(value.values()) if isinstance(value, dict) else []
+    if len(rows) < 2 or not all(isinstance(row, dict) for row in rows):
+        return None
+    return tuple(rows[0]) if len({tuple(row) for row in rows}) == 1 else None
+
+
 def table(numbers: dict[str, Any], indent: str = "  ") -> list[str]:
-    """Lines of a small table; a dictionary inside becomes an indented one."""
+    """Lines of a small table; a dictionary inside becomes an indented one, dictionaries with the
+    same names become its rows."""
     lines = []
     for name, value in numbers.items():
-        if isinstance(value, dict):
+        if columns := shared_names(value):
+            widths = {key: max(len(key), 11) for key in columns}
+            head = "".join(f"  {key:>{width}}" for key, width in widths.items())
+            first = max(map(len, value))
+            lines += [f"{indent}{name}", f"{indent}  {'':{first}}{head}"]
+            for row, cells in value.items():
+                text = "".join(f"  {cell(cells[key]):>{width}}" for key, width in widths.items())
+                lines.append(f"{indent}  {row:{first}}{text}")
+        elif isinstance(value, dict):
             lines += [f"{indent}{name}", *table(value, indent + "  ")]
         else:
             lines.append(f"{indent}{name:{42 - len(indent)}} {cell(value):>16}")
@@ -1699,12 +1830,16 @@ def add_map(parser: Parser) -> None:
 
 def add_cost(parser: Parser) -> None:
     add = parser.add_argument
+    text = "model.pt: its sizes instead of a preset's, and its weights for jacobi's sweeps"
+    add("checkpoint", nargs="?", metavar="CKPT", help=text)
     add("--preset", choices=PRESETS, default="shapes", help="default: shapes")
     add("--no-timing", action="store_true", help="count only")
     text = f"numbers of tokens to sample with (default: {' '.join(map(str, TOKENS))})"
     add("--tokens", type=int, nargs="+", default=TOKENS, metavar="K", help=text)
+    text = f"pictures drawn at a time (default: {' '.join(map(str, BATCHES))})"
+    add("--batches", type=int, nargs="+", default=BATCHES, metavar="N", help=text)
     add("--runs", type=int, default=5, metavar="N", help="timed calls at most (default: 5)")
-    add("--compile", action="store_true", help="also time the compiled training step")
+    add("--compile", action="store_true", help="also time training and sampling compiled")
 
 
 # name -> what it does, its flags, the default of --batch-size, and its line of --help
@@ -1743,6 +1878,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{flag(name)} must not be negative, and finite")
     if min(given.get("tokens", [2])) < 2:
         parser.error("--tokens must be at least 2")
+    if min(given.get("batches", [1])) < 1:
+        parser.error("--batches must be positive")
     low, high = given.get("mask_ratio", (0, 0))
     if not 0 <= low <= high <= 1:
         parser.error(f"--mask-ratio needs 0 <= LOW <= HIGH <= 1, got {low:g} {high:g}")

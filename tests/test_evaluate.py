@@ -1,5 +1,6 @@
 """evaluate.py: every number against an independent computation, and the command lines."""
 
+import functools
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 import evaluate
 import losses
+import sample
 import train
 
 PROTOCOL = {"command", "device", "processes", "torch", "numpy", "scipy", "python"}
@@ -680,7 +682,7 @@ def test_multiply_adds_by_hand(tiny):
 def test_cost_times_training_and_sampling(tiny, monkeypatch):
     given = {k: v for k, v in train.asdict(tiny).items() if k not in ("preset", "out", "device")}
     monkeypatch.setitem(train.PRESETS, "tiny", given)
-    flags = ("--tokens", 3, 5, "--runs", 2, "--batch-size", 4)
+    flags = ("--tokens", 3, 5, "--runs", 2, "--batch-size", 4, "--batches", 1, 3)
     found = run("cost", "--preset", "tiny", *flags)
     training = found["training"]
     parts = found["parts"]
@@ -692,6 +694,59 @@ def test_cost_times_training_and_sampling(tiny, monkeypatch):
     assert eager["peak_memory_gb"] is None  # counted on CUDA only
     assert list(found["tokens"]) == ["3", "5"]
     assert all(value > 0 for row in found["tokens"].values() for value in row.values())
+    sampling = found["sampling"]
+    cases = [f"guidance {w:g}, batch {n}" for w in (0, tiny.guidance) for n in (1, 3)]
+    assert list(sampling) == [
+        f"--sampler {s}, {c}" for s in ("sequential", "jacobi") for c in cases
+    ]
+    for name, row in sampling.items():
+        batch = int(name.split()[-1])
+        assert row["s_a_batch"] == pytest.approx(batch * row["s_an_image"])
+        assert row["images_a_s"] == pytest.approx(1 / row["s_an_image"])
+        assert 0 < row["floor_s"] and 0 < row["of_peak"]
+        assert (row["passes"] == 2 * 3) if "sequential" in name else (2 <= row["passes"] <= 2 * 3)
+    jacobi = [row["passes"] for name, row in sampling.items() if "jacobi" in name]
+    assert max(jacobi) > 2  # random weights, not the identity, which needs one sweep a block
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_sampling_is_counted_as_by_hand(tiny, guidance):
+    """Token by token: K - 1 steps a block, where step i looks at i tokens."""
+    c, model, batch = tiny, randomize(train.MIMFlow(tiny, tuple(train.SHAPES))), 3
+    width, d, steps = c.flow_width, c.latent_dim, range(1, c.num_latents)
+    work = batch * evaluate.count_parts(tiny)["decoder"]["multiply_adds"]
+    read = 4 * train.count_parameters(model.decoder)
+    for number, depth in enumerate(c.flow_depths):
+        rows = batch * (2 if guidance and number == 1 else 1)  # with the unconditional half
+        for i in steps:
+            work += rows * (3 * d * width + depth * (13 * width**2 + 2 * i * width))
+            keys_and_values = rows * i * depth * 2 * width
+            read += 4 * (train.count_parameters(model.flow.blocks[number]) + keys_and_values)
+    options = evaluate.drawing(guidance, "sequential")
+    watch = evaluate.Passes(model, batch, options)
+    draw = functools.partial(sample.draw, model, range(batch), [0], options, watch)
+    assert evaluate.count_multiply_adds(draw) == work
+    assert watch.bytes == read and watch.count == 2 * len(steps)
+
+
+def test_jacobi_reads_all_tokens_up_to_the_end_of_its_window(tiny):
+    model = train.MIMFlow(replace(tiny, num_latents=40), tuple(train.SHAPES))
+    watch = evaluate.Passes(model, 1, evaluate.drawing(0.0, "jacobi"))
+    deep, window, width = model.flow.blocks[1], evaluate.DEEP_WINDOW, tiny.flow_width
+    before = watch.bytes
+    for solved in (5, 30, 4):  # tokens 1-5, 6-35, 36-39
+        watch(1, solved)
+    reach = window + min(5 + window, 39) + 39  # tokens seen by the three sweeps
+    expected = 3 * train.count_parameters(deep) + reach * 2 * width * len(deep.layers)
+    assert watch.bytes - before == 4 * expected
+
+
+def test_cost_of_a_checkpoint(checkpoint, capsys):
+    flags = ("--batches", 2, "--tokens", 2, "--runs", 1, "--batch-size", 2)
+    found = run("cost", checkpoint, *flags)
+    assert found["protocol"]["weights"]["sha256"] == evaluate.file_sha256(checkpoint)
+    shown = capsys.readouterr().out
+    assert "images_a_s" in shown and "--sampler jacobi, guidance" in shown
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,6 +814,8 @@ def test_a_model_without_labels(tiny, projection, tmp_path, capsys):
         ("map CKPT --method umap", 2, "pip install umap-learn"),
         ("likelihood CKPT --num 3000", 2, "the val split of the built-in pictures has 2000"),
         ("cost --tokens 1", 2, "--tokens must be at least 2"),
+        ("cost --batches 0", 2, "--batches must be positive"),
+        ("cost none.pt", 1, "none.pt"),
     ],
 )
 def test_bad_input_is_one_clear_line(checkpoint, command, code, expected, capsys, monkeypatch):
