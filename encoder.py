@@ -14,9 +14,9 @@
 
 Why replace instead of drop: every image has N + K tokens, whatever its ratio, and a mask token
 tells the encoder that something is hidden at its place. Why queries: the flow needs a sequence
-whose length and meaning do not depend on which patches happened to be hidden. MAE's visible-only
-tokens vary in number, SimMIM's vary in information; K query tokens that gather what the visible
-patches tell have neither problem.
+whose length and meaning do not depend on which patches happened to be hidden. The visible patches
+alone, as in MAE, would be another number of tokens for every image; K query tokens that gather what
+the visible patches tell are always K.
 
 The Vision Transformer below (Attention, MLP, Block) is written out here and shared with decoder.py.
 The encoder is deterministic: the mask and the noise are drawn by whoever calls it.

@@ -71,15 +71,15 @@ from train import (
     Parser,
     adm_crop,
     count_parameters,
-    derived_seed,
     distribute,
     draw_randomness,
+    draws_of_pictures,
     fail,
     find_checkpoint,
     flag,
     list_images,
     load_checkpoint,
-    load_critics,
+    load_frozen_networks,
     make_optimizer,
     open_dataset,
     rank,
@@ -118,7 +118,7 @@ PROBE_EPOCHS, PROBE_BATCH, PROBE_LR, PROBE_MOMENTUM, PROBE_DECAY = 90, 2048, 0.1
 # Cost
 TOKENS = (64, 128, 256, 1024)  # numbers of latent tokens compared in Tab. 10
 BATCHES = (1, 8, 64, 256)  # pictures drawn at a time
-RANDOM_STD = 0.01  # of the last layer of each block of an untrained flow, which starts as identity
+RANDOM_STD = 0.1  # of a fresh flow's predictions: at 0 it is the identity, and jacobi done at once
 WARM_UP = 2  # calls before those that are timed
 LONG_ENOUGH = 10.0  # seconds after which a timing is not repeated any more
 
@@ -886,25 +886,6 @@ def open_model(flags: argparse.Namespace) -> tuple[MIMFlow, dict[str, Any]]:
     return model, {"checkpoint": describe_checkpoint(path, model), "seed": flags.seed}
 
 
-def draw_latents(
-    model: MIMFlow, images: Tensor, numbers: Tensor, seed: int, mask_ratio: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """z = E(x_masked) + sigma eps (Eq. 1) (B, K, d) of images (B, 3, H, W) in [-1, 1], and the
-    masks (B, N), True = hidden.
-
-    sigma is fixed, also here: it is part of what z is, not an augmentation of training. Picture
-    number n of the dataset has its mask and noise from (seed, n), whatever is beside it.
-    """
-    config = replace(model.config, batch_size=1, mask_ratio=mask_ratio, mask_warmup=0)
-    draws = [
-        draw_randomness(replace(config, seed=derived_seed(seed, n)), 0, torch.device("cpu"))
-        for n in numbers.tolist()
-    ]
-    mask = torch.cat([d.mask for d in draws]).to(images.device)  # (B, N)
-    noise = torch.cat([d.noise for d in draws]).to(images)  # (B, K, d)
-    return model.encoder(images, mask) + config.sigma * noise, mask
-
-
 # --------------------------------------------------------------------------------------------------
 # reconstruction (rFID of Tab. 5, 8 and 9)
 #
@@ -1017,6 +998,7 @@ def reconstruction(flags: argparse.Namespace) -> dict[str, Any] | None:
     model, protocol = open_model(flags)
     pictures = Pictures(model, flags.data, "val", flags.num, flags.seed)
     ratio = tuple(model.config.mask_ratio if flags.mask_ratio is None else flags.mask_ratio)
+    config = replace(model.config, mask_ratio=ratio)
     judges = load_judges(flags, model.config.image_size, len(pictures))
     protocol |= {**pictures.describe(), "mask_ratio": ratio, "sigma": model.config.sigma}
     protocol["mse"] = "of [-1, 1], unrounded; PSNR, LPIPS, rFID after rounding to 8 bits"
@@ -1028,10 +1010,11 @@ def reconstruction(flags: argparse.Namespace) -> dict[str, Any] | None:
     def work(batch: tuple[Tensor, ...]) -> dict[str, Any]:
         """Numbers (B,), Inception features, and the pictures of the grid, of one batch."""
         images, numbers = batch[0].to(flags.device), batch[2]
-        z, mask = draw_latents(model, images, numbers, flags.seed, ratio)
+        draws = draws_of_pictures(config, numbers.tolist(), flags.seed, flags.device)
+        _, z = model.latents(images, draws)  # (B, K, d)
         decoded = model.decoder(z)
         rows = torch.isin(numbers, shown).nonzero().flatten().tolist()
-        rows_shown = [x[rows].cpu() for x in (images, hide_patches(images, mask), decoded)]
+        rows_shown = [x[rows].cpu() for x in (images, hide_patches(images, draws.mask), decoded)]
         return {**compare_pictures(images, decoded, judges), "shown": torch.stack(rows_shown)}
 
     parts = sharded(pictures, work, "reconstruction", flags)
@@ -1233,6 +1216,7 @@ def likelihood(flags: argparse.Namespace) -> dict[str, Any] | None:
     model, protocol = open_model(flags)
     pictures = Pictures(model, flags.data, "val", flags.num, flags.seed)
     ratio = (0.0, 0.0) if flags.no_mask else tuple(model.config.mask_ratio)
+    config = replace(model.config, mask_ratio=ratio)
     size = model.config.num_latents * model.config.latent_dim
     left_out = {}
     if model.config.num_classes == 0:
@@ -1245,7 +1229,8 @@ def likelihood(flags: argparse.Namespace) -> dict[str, Any] | None:
     def work(batch: tuple[Tensor, ...]) -> Tensor:
         """log p (kinds, B)."""
         images, labels = (x.to(flags.device) for x in batch[:2])
-        z, _ = draw_latents(model, images, batch[2], flags.seed, ratio)
+        draws = draws_of_pictures(config, batch[2].tolist(), flags.seed, flags.device)
+        _, z = model.latents(images, draws)  # (B, K, d)
         given = {"conditional": labels, "unconditional": None}
         return torch.stack([model.flow.log_prob(z, given[kind]).cpu().double() for kind in kinds])
 
@@ -1453,7 +1438,7 @@ def training_step(
     backward, clipping, optimizer. LPIPS and teachers have random weights, which take as long."""
     random = dict.fromkeys(("vgg", "convnext", "dino", "clip"), losses.RANDOM)
     config = replace(config, batch_size=batch_size, compile=compiled, **random)
-    training = JointTraining(MIMFlow(config), load_critics(config, device)).to(device)
+    training = JointTraining(MIMFlow(config), load_frozen_networks(config, device)).to(device)
     optimizer = make_optimizer(training, config)
     shape = (batch_size, 3, config.image_size, config.image_size)
     images = torch.rand(shape, device=device) * 2 - 1  # [-1, 1]
@@ -1527,7 +1512,8 @@ def drawing(guidance: float, sampler: str) -> argparse.Namespace:
 
 class Passes:
     """Counts the calls of each block while a batch is drawn, and what each must read from memory:
-    the block's weights, and the keys and values of the tokens so far. A `watch` of flow.inverse.
+    the block's weights, and the keys and values of the tokens so far; and the decoder's weights,
+    once. A `watch` of flow.inverse.
     """
 
     def __init__(self, model: MIMFlow, batch: int, options: argparse.Namespace):
@@ -1550,7 +1536,8 @@ class Passes:
 
 
 def ways_to_sample(model: MIMFlow, flags: argparse.Namespace) -> Iterable[tuple[str, str]]:
-    """Flags of sample.py and the sampler they choose; the model is made ready before each."""
+    """Flags of sample.py and the sampler they choose; the model is made ready before each, in an
+    order in which nothing has to be undone."""
     yield "--sampler sequential", "sequential"
     yield "--sampler jacobi", "jacobi"
     faster = []
@@ -1567,7 +1554,8 @@ def time_sampling(model: MIMFlow, flags: argparse.Namespace) -> dict[str, dict[s
     """Seconds from noise to uint8 pictures, by batch, guidance and sampler, beside a floor.
 
     The floor is what the batch would take if this machine only did its matrix products at the peak,
-    or only read weights, keys and values at the speed of a copy, whichever is longer.
+    or only read weights, keys and values at the speed of a copy, whichever is longer. Left out are
+    norms, softmax, activations, writing the cache, starting kernels, and the way back to the CPU.
     """
     c, device = model.config, flags.device
     peak, bandwidth = matmul_peak(device, flags.runs), memory_bandwidth(device, flags.runs)
@@ -1631,9 +1619,10 @@ def model_to_time(flags: argparse.Namespace) -> MIMFlow:
     """The checkpoint's model, or one of the preset with weights that are not the identity."""
     if flags.checkpoint is not None:
         return load_checkpoint(flags.checkpoint, flags.device)
-    model = MIMFlow(preset_config(flags.preset)).to(flags.device).eval()
+    config = preset_config(flags.preset)
+    model = MIMFlow(config).to(flags.device).eval()
     for block in model.flow.blocks:
-        nn.init.normal_(block.proj_out.weight, std=RANDOM_STD)
+        nn.init.normal_(block.proj_out.weight, std=RANDOM_STD / math.sqrt(config.flow_width))
     return model
 
 
@@ -1642,9 +1631,7 @@ def cost(flags: argparse.Namespace) -> dict[str, Any]:
     model = model_to_time(flags)
     config = model.config
     numbers: dict[str, Any] = {"parts": count_parts(config)}
-    weights = (
-        f"random, std {RANDOM_STD} in the last layer of each block: jacobi's sweeps are theirs"
-    )
+    weights = f"random, predictions of std about {RANDOM_STD}: jacobi's sweeps are theirs"
     protocol = {"preset": config.preset, "image_size": config.image_size, "weights": weights}
     if flags.checkpoint is not None:
         protocol["weights"] = describe_checkpoint(Path(flags.checkpoint), model)
@@ -1660,6 +1647,7 @@ def cost(flags: argparse.Namespace) -> dict[str, Any]:
             "tokens": "guidance 0",
         }
         protocol |= {"floor_s": "matrix products at the peak, or memory at the speed of a copy"}
+        protocol |= {"of_peak": f"of the peak in {dtype}, also where jacobi is float32"}
         protocol |= {"threads": torch.get_num_threads(), "timing": "median, after warming up"}
         if flags.device.type != "cuda":
             protocol["left_out"] = {"peak_memory_gb": "counted on CUDA only"}

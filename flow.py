@@ -10,13 +10,16 @@ One autoregressive block, on the tokens x_0 ... x_{K-1} in the block's own order
                 -> shift by one token: mu_i, alpha_i depend on x_0 ... x_{i-1} only
     u_i = (x_i - mu_i) * exp(-alpha_i),     log abs det = -sum_i alpha_i,     u_0 = x_0
 
+Here mu and sigma = exp(alpha) are those of one token, given the tokens before it. The mu and sigma
+of Eq. 1, the encoder's mean and the noise on it, are others, and do not occur in this file.
+
 Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
 x_{i-1} first, so sampling goes token by token, with a key-value cache; or it iterates over many
 tokens at once, to the same result (`jacobi`). Blocks alternate the token order (forward, backward,
 ...), so that every token is transformed by its whole context after two of them. Seven shallow
 blocks and a deep one ("deep-shallow"): the deep one, inverted first, does nearly all the work and
-alone is guided.
+alone is guided (App. A), so that only there each token is predicted twice.
 
 Improvements over STARFlow (Tab. 1), each a switch: scale="exp" instead of "softplus"; gated=True.
 """
@@ -146,8 +149,8 @@ class Guidance(NamedTuple):
 
     w grows with the token, w_i = w * i/(K-1), when `annealed`. With rule "tarflow" (default) the
     conditional prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with
-    "starflow" two Gaussians are combined and s = min(sigma_c/sigma_u, 1)^2 keeps the result one:
-        sigma = sigma_c / sqrt(1 + w - w s),    mu = ((1 + w) mu_c - w s mu_u) / (1 + w - w s)
+    "starflow" two Gaussians are combined and s = min(sigma_c/sigma_null, 1)^2 keeps it one:
+        sigma = sigma_c / sqrt(1 + w - w s),    mu = ((1 + w) mu_c - w s mu_null) / (1 + w - w s)
     """
 
     weight: float = 0.0
@@ -155,16 +158,21 @@ class Guidance(NamedTuple):
     rule: str = "tarflow"
 
     def __call__(
-        self, mu_c: Tensor, alpha_c: Tensor, mu_u: Tensor, alpha_u: Tensor, progress: Tensor | float
+        self,
+        mu_c: Tensor,
+        alpha_c: Tensor,
+        mu_null: Tensor,
+        alpha_null: Tensor,
+        progress: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
-        """Guided (mu, alpha), alpha = log sigma, from conditional (c) and unconditional (u) ones,
+        """Guided (mu, alpha), alpha = log sigma, from those of the class (c) and the null class,
         (B, T, d) each. `progress` (T, 1) = i/(K-1) of the tokens in the block's order."""
         w = self.weight * (progress if self.annealed else 1.0)
         if self.rule == "tarflow":
-            return mu_c + w * (mu_c - mu_u), alpha_c + w * (alpha_c - alpha_u)
-        s = (2 * (alpha_c - alpha_u)).clamp(max=0).exp()
+            return mu_c + w * (mu_c - mu_null), alpha_c + w * (alpha_c - alpha_null)
+        s = (2 * (alpha_c - alpha_null)).clamp(max=0).exp()
         total = 1 + w - w * s
-        return ((1 + w) * mu_c - w * s * mu_u) / total, alpha_c - 0.5 * total.log()
+        return ((1 + w) * mu_c - w * s * mu_null) / total, alpha_c - 0.5 * total.log()
 
 
 NO_GUIDANCE = Guidance()
@@ -191,11 +199,12 @@ def jacobi(u: Tensor, predict: Predict, watch: Watch, tolerance: float, window: 
     """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
 
     A sweep puts a guess of x into the right-hand side for all tokens of a window. A token is
-    solved when no token before it has just changed by more than `tolerance`; the window then
-    begins after it (Gauss-Seidel). That is one token a sweep at least, so K - 1 sweeps always
-    suffice. Tolerance 0 is exact; otherwise errors of about `tolerance` enter, and mostly far
-    fewer sweeps are needed. paper: fixed segments; here: a window that moves on with what is
-    solved, because it needs no bound on the sweeps and repeats no solved token.
+    solved when no token before it has just changed by more than `tolerance`, in any picture of the
+    batch; the window then begins after it (Gauss-Seidel). That is one token a sweep at least, so
+    K - 1 sweeps always suffice. Tolerance 0 is exact, but rounding alone can keep numbers changing;
+    otherwise errors of about `tolerance` enter, and mostly far fewer sweeps are needed. That paper:
+    fixed segments; here: a window that moves on with what is solved, because it needs no bound on
+    the sweeps and repeats no solved token.
     """
     x, K, first = u.clone(), u.shape[1], 1  # token 0 passes unchanged; for the others u is a guess
     while first < K:
@@ -251,8 +260,8 @@ class AutoregressiveBlock(nn.Module):
         return x.flip(-2) if self.backward else x
 
     def condition(self, labels: Tensor) -> Tensor | float:
-        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN embedding, as in
-        TARFlow: no class of its own, trained through the labels that are dropped."""
+        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN of all classes'
+        embeddings, as in TARFlow: labels dropped in training reach it, and through it all."""
         if self.class_embed is None:
             return 0.0
         null = self.class_embed.mean(dim=0)
@@ -307,8 +316,10 @@ class AutoregressiveBlock(nn.Module):
         progress = tokens[:, None] / max(K - 1, 1)  # (K, 1)
         cache = KeyValueCache(len(self.layers), K)
 
-        def predict(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-            """mu and alpha of the T tokens from `first` on, given those one place before, x."""
+        def predict_from(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            """mu and alpha of the tokens first .. first + T - 1; x (B, T, d) holds the tokens
+            first - 1 .. first + T - 2. What an earlier sweep put into the cache from there on came
+            from guesses, and is overwritten."""
             cache.length, last = first - 1, first + x.shape[1]
             before = position[first - 1 : last - 1]  # (T, C)
             if not guided:
@@ -317,7 +328,7 @@ class AutoregressiveBlock(nn.Module):
             (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
             return guidance(mu, alpha, mu_null, alpha_null, progress[first:last])
 
-        return self.order(solve(u, predict, watch))
+        return self.order(solve(u, predict_from, watch))
 
 
 class NormalizingFlow(nn.Module):
@@ -399,7 +410,8 @@ class NormalizingFlow(nn.Module):
 
         `guidance` is the weight w of classifier-free guidance in the deep block, 0 = none (exact
         inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. `sampler` is
-        "sequential", or "jacobi", which stops when no number changes by more than `tolerance`.
+        "sequential", or "jacobi", which calls a token solved when none before it has changed by
+        more than `tolerance`.
         `watch` is called with (block, tokens solved) after each pass through that block. u is left
         unchanged.
         """

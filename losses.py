@@ -11,8 +11,8 @@
         |--decoder----------> x_hat (B, 3, H, W) --+--(x)--------------------> pixel_loss
         |                                          |--(x)-- VGG16 -----------> Perceptual
         |                                          `-- PatchDiscriminator ---> generator_loss
-        `--auxiliary decoder-> h(z) (B, N, C) -------+--(mask)---------------> auxiliary_loss
-    x (B, 3, H, W) --DINOv2, CLIP, HOG--> f(x) (B, N, C)
+        `--auxiliary decoder-> h(z) (B, N, C_t) -----+--(mask)---------------> auxiliary_loss
+    x (B, 3, H, W) --DINOv2, CLIP, HOG--> f(x) (B, N, C_t)
 
 Phase 1 trains everything on L_joint + L_aux, summed over teachers; phase 2 trains the decoder
 alone on L_ft, against the discriminator.
@@ -92,7 +92,7 @@ def joint_loss(reconstruction: Tensor, nll: Tensor, nll_weight: float) -> Tensor
 
 
 def auxiliary_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """L_aux of Eq. 7 for one teacher: predicted, target (B, N, C), mask (B, N) bool -> (B,).
+    """L_aux of Eq. 7 for one teacher: predicted, target (B, N, C_t), mask (B, N) bool -> (B,).
 
     The mean of -cos over the masked patches (True) of each image, in at least float32. An image
     without a masked patch is averaged over all of its patches: Tab. 8 has a row with teachers and
@@ -240,8 +240,7 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
     and a missing one is downloaded. Raises WeightsMissing.
 
     Processes that start together may all download: torch.hub writes under a name of its own and
-    renames, so none of them reads half a file. A caller who lets one of them go first saves the
-    others' traffic.
+    renames, so none of them reads half a file.
     """
     if path == RANDOM:
         return RANDOM
@@ -511,7 +510,7 @@ class DINOv2(FrozenViT):
             )
         if weights != RANDOM:
             load_weights(self, "dino", weights, self.convert)
-        # The official code asks for grid + 0.1 patches, lest rounding lose one, and samples the
+        # The official code asks for grid + 0.1 patches, so that rounding loses none, and takes the
         # table at the coordinates of that scale. `size` would shift every position.
         self.freeze_at(grid, scale_factor=1.0 if grid == 37 else (grid + 0.1) / 37)
 

@@ -18,7 +18,8 @@ The flow is inverted token by token, or with --sampler jacobi by iterating over 
 to the same latents up to --tolerance; a single picture on a GPU is where that can pay. auto times
 both first: what it took is printed, since the last bits of the pictures depend on it. For many
 batches token by token, --compile fuses what happens between two attentions, and --cuda-graph
-replays a recorded batch without Python; both take their time once, before the third batch.
+replays a recorded batch without Python. The first batch compiles and the second is recorded, so it
+is from the third on that they pay.
 """
 
 import argparse
@@ -118,8 +119,9 @@ def in_bfloat16(options: argparse.Namespace, device: torch.device) -> bool:
 def compile_layers(flow: NormalizingFlow) -> None:
     """Compile what each layer does to a token by itself; attention over the cache stays as it is.
 
-    Those two pieces see the same shapes at every token of a batch, so each is compiled once for the
-    whole flow. With the cache in them, every length would be another program.
+    Those two pieces see the same shapes at every token, so each is compiled once for all layers and
+    tokens of a batch size (guidance doubles it in the deep block). With the cache in them, every
+    length would be another program.
     """
     for block in flow.blocks:
         for layer in block.layers:
@@ -132,20 +134,21 @@ class RecordedInverse:
 
     Token by token, a small batch leaves the GPU waiting: Python launches thousands of small kernels
     one after the other. But it launches the same ones for every batch, since nothing in the token
-    loop depends on a number. So the first batch of a size runs as always, and fills caches; the
-    second is recorded; from then on the GPU repeats the recording by itself, on new noise.
+    loop depends on a number. So the first batch of a size runs as always, and makes what may not be
+    made while recording (work spaces, compiled kernels). At the second a recording is taken, which
+    computes nothing; that batch and all later ones are replays of it, on their own noise.
     """
 
     def __init__(self, inverse: Callable[..., Tensor]):
         self.inverse = inverse
-        self.graphs: dict[tuple, tuple | None] = {}  # shape and rule -> graph, inputs, output
+        self.graphs: dict[tuple, tuple | None] = {}  # what a recording fixes -> it
 
     def __call__(
-        self, u: Tensor, labels: Tensor, guidance: float, watch: Callable, **rule: Any
+        self, u: Tensor, labels: Tensor, guidance: float, watch: Callable, **how: Any
     ) -> Tensor:
-        call = functools.partial(self.inverse, guidance=guidance, **rule)
-        key = (*u.shape, guidance, *sorted(rule.items()))
-        if rule["sampler"] != "sequential" or key not in self.graphs:
+        call = functools.partial(self.inverse, guidance=guidance, **how)
+        key = (*u.shape, guidance, *sorted(how.items()))
+        if how["sampler"] != "sequential" or key not in self.graphs:
             self.graphs[key] = None
             return call(u, labels, watch=watch)
         if self.graphs[key] is None:
@@ -153,14 +156,15 @@ class RecordedInverse:
         graph, u_in, labels_in, z = self.graphs[key]
         u_in.copy_(u)
         labels_in.copy_(labels)
-        graph.replay()
+        graph.replay()  # calls no Python, so nobody tells `watch`
         return z.clone()  # the next replay writes there again
 
     def record(self, call: Callable[..., Tensor], u: Tensor, labels: Tensor) -> tuple:
         """The graph of one inversion, the tensors that it reads from, and the one it writes to."""
         graph = torch.cuda.CUDAGraph()
-        # Autocast keeps the bfloat16 weights it has made. Those from before would be gone when the
-        # graph is replayed, those made here would be overwritten by it: each side makes its own.
+        # Autocast keeps the bfloat16 weights that it has made. Those from before the recording are
+        # freed before a replay reads them; those from within lie in the graph's own memory, which
+        # every replay writes over. So both are forgotten.
         torch.clear_autocast_cache()
         # thread_local: under torchrun, NCCL's own thread may talk to the GPU meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -203,7 +207,8 @@ def choose_sampler(model: MIMFlow, classes: list[int], options: argparse.Namespa
     """The sampler that draws a batch of this command faster, the same on all processes."""
     # Which one wins depends on the device, the batch and the trained weights: nothing to look up.
     indices, seconds = range(min(options.num, options.batch_size)), {}
-    for sampler in ("sequential", "sequential", "jacobi"):  # the first only warms up
+    # The last turn of each counts: the first warms up, the second of --cuda-graph records.
+    for sampler in ("sequential", "sequential", "sequential", "jacobi", "jacobi"):
         timed = argparse.Namespace(**{**vars(options), "sampler": sampler})
         start = time.perf_counter()
         draw(model, indices, classes, timed)
@@ -221,6 +226,7 @@ def draw_all(
     """Draw each batch not yet in the folder `parts`, over all processes; all files in order."""
     count = math.ceil(options.num / options.batch_size)
     paths = [parts / f"{batch:06d}.npy" for batch in range(count)]
+    # Shares that need no talking: a restart agrees, even with another number of processes.
     mine = [j for j in range(rank(), count, world_size()) if not paths[j].exists()]
 
     # The bar counts batches, or the tokens of all blocks if there is only one batch.
@@ -444,12 +450,13 @@ def main(options: argparse.Namespace) -> None:
     if options.compile:
         compile_layers(model.flow)
     if options.cuda_graph:
-        model.flow.inverse = RecordedInverse(model.flow.inverse)
+        model.flow.inverse = RecordedInverse(model.flow.inverse)  # MIMFlow.sample calls it
     if options.sampler == "auto":
         options.sampler = choose_sampler(model, classes, options)
-    key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
     # Finished batches of an interrupted command may be used again only if everything that decides
-    # about pixels is the same: the weights as well, so their hash is part of the key.
+    # about pixels is the same: the flags, but for those that only say where to write, and the
+    # weights, so their hash is part of the key.
+    key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     key |= {"classes": classes, "checkpoint": digest, "device": device.type}
     draw_set(model, classes, options, key, options.npz, options.out)

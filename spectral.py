@@ -15,7 +15,8 @@ automatic differentiation: J v from a JVP, J^T u from a VJP. With A = J^T J, fro
 lambda is the smallest eigenvalue of A + eps I; lambda - eps is then v^T A v, which is what is
 computed here, so that the shift only helps the solver and never enters a value.
 
-Two deviations, both of memory, neither of mathematics. They turn thousands of products into dozens:
+Two deviations: both remember more, neither changes the limit. They turn thousands of products
+into dozens:
 1. Eq. 9 and 10 keep the last vector only, and crawl when two extreme values nearly coincide. Here
    the iterates stay, and v_k is the best combination of all of them (Rayleigh-Ritz; for Eq. 9 that
    is Lanczos' method). Forgetting all but the last gives the paper's iteration back.
@@ -23,7 +24,7 @@ Two deviations, both of memory, neither of mathematics. They turn thousands of p
    directions stay too, and every solve starts from those of the solves before it. (A matrix with
    D = 128, condition number 1e4: 22,000 products without this memory, 150 with it.)
 
-An image is done when its own residual ||A v - lambda v|| / lambda, lambda = v^T A v, is below the
+An image is done when its own residual ||A v - theta v|| / theta, theta = v^T A v, is below the
 tolerance: an eigenvalue of A then lies that close, relatively, and half as close for sigma (far
 closer where eigenvalues are apart). Rounding leaves a residual of about 1e-16 (condition number)^2
 in float64, so beyond 1e5 the smallest value cannot prove 1e-6. It is then reported as not
@@ -49,7 +50,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,7 @@ from tqdm import tqdm
 from train import (
     MIMFlow,
     Parser,
-    derived_seed,
-    draw_randomness,
+    draws_of_pictures,
     fail,
     find_checkpoint,
     load_checkpoint,
@@ -204,7 +203,7 @@ class ConjugateGradients:
         self.jacobian, self.shift, self.max_steps = jacobian, shift[:, None], max_steps  # eps (B,)
         B, D = len(shift), jacobian.z[0].numel()
         self.directions = shift.new_empty(B, 0, D)  # p_i
-        self.images = shift.new_empty(B, 0, D)  # (A + eps I) p_i
+        self.products = shift.new_empty(B, 0, D)  # (A + eps I) p_i
         self.steps = torch.zeros(B, dtype=torch.int64, device=shift.device)  # done so far
 
     def solve(self, b: Tensor, tolerance: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ class ConjugateGradients:
         w, r = torch.zeros_like(b), b
         for _ in range(2):
             w = w + project(r, self.directions, self.directions)
-            r = r - project(r, self.directions, self.images)
+            r = r - project(r, self.directions, self.products)
 
         while self.directions.shape[1] < self.max_steps:
             open_ = r.norm(dim=-1) > tolerance  # (B,)
@@ -223,32 +222,33 @@ class ConjugateGradients:
             # the last one only, since r is conjugate to the older ones, but for rounding.
             p = normalize(torch.where(open_[:, None], r, 0.0))
             for _ in range(2):  # "twice is enough"
-                p = normalize(p - project(p, self.images, self.directions))
-            image = self.jacobian.transposed_times(self.jacobian.times(p)) + self.shift * p
-            size = dot(p, image).clamp_min(torch.finfo(p.dtype).tiny).sqrt()[:, None]
-            p, image = p / size, image / size
+                p = normalize(p - project(p, self.products, self.directions))
+            product = self.jacobian.transposed_times(self.jacobian.times(p)) + self.shift * p
+            size = dot(p, product).clamp_min(torch.finfo(p.dtype).tiny).sqrt()[:, None]
+            p, product = p / size, product / size
             along = dot(p, r)[:, None]
-            w, r = w + along * p, r - along * image
-            self.directions, self.images = append(self.directions, p), append(self.images, image)
+            w, r = w + along * p, r - along * product
+            self.directions = append(self.directions, p)
+            self.products = append(self.products, product)
             self.steps += open_
         return w
 
     def restrict(self, jacobian: Jacobian, keep: Tensor) -> None:
         """Go on with some of the images, keep (B,) bool, whose Jacobian is `jacobian`."""
         self.jacobian, self.shift, self.steps = jacobian, self.shift[keep], self.steps[keep]
-        self.directions, self.images = self.directions[keep], self.images[keep]
+        self.directions, self.products = self.directions[keep], self.products[keep]
 
 
-def rayleigh_ritz(basis: Tensor, images: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:
+def rayleigh_ritz(basis: Tensor, products: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:
     """The unit v in the span of an orthonormal basis (B, m, D) with the extreme ||J v||, and J v.
 
-    `images` (B, m, D) holds J times the basis. Returns v and J v, (B, D) each.
+    `products` (B, m, D) holds J times the basis. Returns v and J v, (B, D) each.
     """
     # Gram matrix = A in the basis. Only its eigenvector is used: the eigenvalue of a small sigma
     # would have lost its digits here, the length of the combination J v has not.
-    gram = images @ images.mT  # (B, m, m)
+    gram = products @ products.mT  # (B, m, m)
     best = torch.linalg.eigh(gram)[1][..., 0 if smallest else -1]  # (B, m)
-    return (best[:, None] @ basis)[:, 0], (best[:, None] @ images)[:, 0]
+    return (best[:, None] @ basis)[:, 0], (best[:, None] @ products)[:, 0]
 
 
 class Estimate(NamedTuple):
@@ -256,7 +256,7 @@ class Estimate(NamedTuple):
 
     sigma: Tensor
     iterations: Tensor  # of Eq. 9 or 10
-    residual: Tensor  # ||A v - lambda v|| / lambda
+    residual: Tensor  # ||A v - theta v|| / theta, theta = v^T A v
     steps: Tensor  # of conjugate gradients, over all iterations; 0 for Eq. 9
 
 
@@ -275,15 +275,15 @@ def extreme_singular_value(
     B, D = start.shape  # images, K * d
     found = Estimate(*start.new_zeros(4, B))
     left = torch.arange(B, device=start.device)  # numbers of the images that still iterate
-    basis = images = start.new_empty(B, 0, D)  # orthonormal iterates, and J times each
+    basis = products = start.new_empty(B, 0, D)  # orthonormal iterates, and J times each
     new = normalize(start)
     for iteration in range(1, min(max_iterations, D) + 1):
         # v_k: the best combination of the iterates so far, its eigenvalue, its residual.
-        new_image = jacobian.times(new)
-        if not new_image.isfinite().all():
+        product = jacobian.times(new)
+        if not product.isfinite().all():
             raise ValueError("the flow's Jacobian is not finite at some latents: diverged weights?")
-        basis, images = append(basis, new), append(images, new_image)
-        v, Jv = rayleigh_ritz(basis, images, smallest=solver is not None)
+        basis, products = append(basis, new), append(products, product)
+        v, Jv = rayleigh_ritz(basis, products, smallest=solver is not None)
         eigenvalue = dot(Jv, Jv)  # v^T A v, without the shift (Eq. 11)
         Av = jacobian.transposed_times(Jv)
         residual = (Av - eigenvalue[:, None] * v).norm(dim=-1) / eigenvalue
@@ -293,13 +293,14 @@ def extreme_singular_value(
             field[left] = value.to(field.dtype)
 
         # An image is done when its own residual is small.
-        keep = ~(residual <= tolerance)
+        keep = ~(residual <= tolerance)  # not ">": a NaN would count as done
         progress(int((~keep).sum()))
         left = left[keep]
         if not len(left):
             break
         if not keep.all():
-            basis, images, v, Av, residual = (x[keep] for x in (basis, images, v, Av, residual))
+            still = (basis, products, v, Av, residual)
+            basis, products, v, Av, residual = (x[keep] for x in still)
             jacobian = jacobian.rows(keep)
             if solver is not None:
                 solver.restrict(jacobian, keep)
@@ -443,17 +444,9 @@ def encode(
     """Latents z (B, K, d) of some of the pictures, in the type of the weights, and labels (B,)."""
     indices = pictures.indices[rows]
     images, labels = zip(*(pictures.dataset[i] for i in indices), strict=True)
-    # Mask and noise as in training, after the warm-up of the mask; one generator per picture.
-    c = replace(model.config, batch_size=1)
-    draws = [
-        draw_randomness(replace(c, seed=derived_seed(seed, i)), c.mask_warmup, torch.device("cpu"))
-        for i in indices
-    ]
-    mask = torch.cat([d.mask for d in draws]).to(device)  # (B, N)
-    noise = torch.cat([d.noise for d in draws])  # (B, K, d)
-    weight = next(model.parameters())
-    mu = model.encoder(torch.stack(images).to(weight), mask)  # (B, K, d)
-    z = mu + c.sigma * noise.to(weight)  # Eq. 1
+    # Latents as the flow has learned them: of masked pictures, with noise.
+    draws = draws_of_pictures(model.config, indices, seed, device)
+    _, z = model.latents(torch.stack(images).to(next(model.parameters())), draws)
     return z, torch.tensor(labels) if pictures.conditional else torch.full((len(z),), -1)
 
 

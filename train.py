@@ -20,8 +20,8 @@ discriminator.
     z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN
     loss = L_recon + lambda_gan L_GAN                                                    Eq. 8
 
-The file reads in this order: the configuration, the pictures, the model, the two objectives,
-randomness and processes, checkpoints, the loop (`main`), the command line.
+The file reads in this order: the configuration, the pictures, what is random in a step and the
+model, the two objectives, processes and devices, checkpoints, the loop (`main`), the command line.
 
 The same command continues an unfinished run, exactly (with another number of processes: up to
 rounding), on devices of the same type, because nothing random needs saving: the order of the data
@@ -45,7 +45,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
@@ -88,11 +88,11 @@ try:
 except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
-HEAD = {"format", "step", "config", "class_names"}  # what every checkpoint begins with
+REQUIRED_KEYS = {"format", "step", "config", "class_names"}  # of every checkpoint
 CHECKPOINT_FORMAT = 1  # raised when a file of this program can no longer be read by an older one
 SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
-MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run
+MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients in a row that stop a run, once they are read
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a silent process or data worker is an error
 
@@ -147,7 +147,7 @@ class Config:
     )
     num_workers: int = option(8, "data-loading processes per GPU")
     skip_bad_images: bool = option(
-        False, "use a fixed neighbour for a picture that cannot be read; at most 0.1 %%"
+        False, "use a fixed neighbour for a picture that cannot be read; at most 0.1 %% of them"
     )
 
     # Masked encoder and decoder (Tab. 6): ViT-B twice
@@ -288,7 +288,8 @@ DECODER_PHASE: dict[str, dict[str, Any]] = {
 
 # Fields that may change when a run is continued; any other difference makes it another run. (`data`
 # may, because folders move: that its classes are the same is all that is checked. With a
-# learning rate that decays, more --steps continue it on another schedule; exact needs equal steps.)
+# learning rate that decays, more --steps continue it on another schedule: the end is then not, to
+# the bit, that of a run which had them from the start.)
 MAY_CHANGE = {
     "data", "num_workers", "skip_bad_images", "vgg", "convnext", "dino", "clip",
     "epochs", "steps", "grad_accum", "guidance", "out",
@@ -489,6 +490,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 [0, 255], rounded to the nearest, any shape; out of range is clamped."""
+    # 127.5 x + 127.5 is the value, and cutting off 0.5 more rounds it.
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -727,12 +729,28 @@ def draw_randomness(config: Config, step: int, device: torch.device) -> Draws:
     c, B = config, config.batch_size
     generator = torch.Generator(device).manual_seed(derived_seed(c.seed, step))
     low, high = (ratio * ramp(step, c.mask_warmup) for ratio in c.mask_ratio)
+    # In this order: another one would draw other numbers, and every seed give another run.
     return Draws(
         mask=random_mask(B, c.grid**2, (low, high), generator),
         noise=torch.randn(B, c.num_latents, c.latent_dim, generator=generator, device=device),
         drop_label=torch.rand(B, generator=generator, device=device) < c.label_drop,
         branch_scales=drop_path_scales(B, c.depth, c.drop_path, generator),
     )
+
+
+def draws_of_pictures(
+    config: Config, numbers: Iterable[int], seed: int, device: torch.device
+) -> Draws:
+    """Draws for evaluating, past the warm-up of the mask: picture number n of a dataset has its
+    own, from (seed, n), whatever is beside it."""
+    # On the CPU: a picture is masked alike on every device. Mixed twice, so that picture n does not
+    # meet the stream of training step n.
+    c = replace(config, batch_size=1, mask_warmup=0)
+    seeds = (derived_seed(seed, n) for n in numbers)
+    each = [draw_randomness(replace(c, seed=s), 0, torch.device("cpu")) for s in seeds]
+    *firsts, scales = zip(*each, strict=True)
+    joined = (*map(torch.cat, firsts), torch.cat(scales, dim=2))
+    return Draws(*(x.to(device) for x in joined))
 
 
 def derived_seed(*parts: int) -> int:
@@ -780,13 +798,13 @@ class MIMFlow(nn.Module):
         labels: Tensor | None,
         guidance: float = 0.0,
         denoise: bool = False,
-        **rule: Any,
+        **how: Any,
     ) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] from noise u (B, K, d) and labels (B,), -1 = no class.
 
-        `guidance` and `rule` as in NormalizingFlow.inverse; `denoise` adds TARFlow's denoising.
+        `guidance` and `how` as in NormalizingFlow.inverse; `denoise` adds TARFlow's denoising.
         """
-        z = self.flow.inverse(noise, labels, guidance, **rule)
+        z = self.flow.inverse(noise, labels, guidance, **how)
         if denoise:
             z = self.denoise(z, labels)
         return self.decoder(z).float().clamp(-1, 1)
@@ -808,15 +826,15 @@ class MIMFlow(nn.Module):
 # Frozen networks are held where torch does not look for parameters.
 
 
-class Critics(NamedTuple):
-    """The frozen networks that judge: a plain tuple, so that they are in no optimizer, no
+class FrozenNetworks(NamedTuple):
+    """Those that a loss looks through: a plain tuple, so that they are in no optimizer, no
     checkpoint and no call of train()."""
 
     perceptual: Perceptual | None  # LPIPS of Eq. 5
     teachers: dict[str, nn.Module]  # f_t of Eq. 7
 
 
-def load_critics(config: Config, device: torch.device) -> Critics:
+def load_frozen_networks(config: Config, device: torch.device) -> FrozenNetworks:
     """The frozen networks that this run's losses need. Raises losses.WeightsMissing."""
     c, perceptual, teachers = config, None, {}
     if c.perceptual_weight and not c.freeze_autoencoder:
@@ -826,19 +844,19 @@ def load_critics(config: Config, device: torch.device) -> Critics:
         for name in c.teachers:
             weights = None if name == "hog" else find_weights(name, getattr(c, name))
             teachers[name] = make_teacher(name, weights, c.grid).to(device)
-    return Critics(perceptual, teachers)
+    return FrozenNetworks(perceptual, teachers)
 
 
-def judge_painting(
-    config: Config, critics: Critics, images: Tensor, painted: Tensor, mask: Tensor
+def painting_loss(
+    config: Config, frozen: FrozenNetworks, images: Tensor, painted: Tensor, mask: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_recon (Eq. 5) of both phases, (B,), and its terms for the log."""
     recon = pixel_loss(images, painted)
-    logs = {"mse": recon}
+    logs = {"mse": recon}  # the plain one, so that runs with other weights compare
     if config.mim_weight != 1:
         recon = pixel_loss(images, painted, mask, config.mim_weight)  # App. C.2
-    if critics.perceptual is not None:
-        logs["lpips"] = critics.perceptual(images, painted)
+    if frozen.perceptual is not None:
+        logs["lpips"] = frozen.perceptual(images, painted)
         recon = reconstruction_loss(recon, logs["lpips"], config.perceptual_weight)
     return recon, logs
 
@@ -846,12 +864,12 @@ def judge_painting(
 class JointTraining(nn.Module):
     """Phase 1: the model, the auxiliary decoders, and Eq. 4 to 7 as one forward pass (Fig. 2)."""
 
-    def __init__(self, model: MIMFlow, critics: Critics):
+    def __init__(self, model: MIMFlow, frozen: FrozenNetworks):
         super().__init__()
         c = model.config
-        self.model, self.critics = model, critics
+        self.model, self.frozen = model, frozen
         self.auxiliary = nn.ModuleDict()
-        for name, teacher in critics.teachers.items():
+        for name, teacher in frozen.teachers.items():
             self.auxiliary[name] = AuxiliaryDecoder(
                 c.grid**2, c.num_latents, c.latent_dim, c.aux_width, teacher.width
             )
@@ -860,10 +878,11 @@ class JointTraining(nn.Module):
         self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """images (B, 3, H, W) in [-1, 1], labels (B,) -> L_joint + L_aux, scalar; what log.jsonl
-        holds, scalars and one (number of blocks,) tensor; the painted images. Only the first has a
-        gradient."""
+        holds, scalars and one (number of blocks,) tensor; the painted images, which only phase 2
+        needs. Only the first has a gradient. `nll_weight` grows with the step, so it is given."""
         model, c = self.model, self.model.config
         mu, z = model.latents(images, draws)  # Eq. 1, (B, K, d)
+        # -1 trains the null class, which guidance later compares with: both from one flow.
         labels = torch.where(draws.drop_label, -1, labels)
         outputs, logdet = model.flow.intermediates(z, labels)  # u is the last output
         nll_square, nll_logdet = flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
@@ -873,9 +892,9 @@ class JointTraining(nn.Module):
             loss = nll_weight * nll
         else:
             painted = model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
-            recon, logs = judge_painting(c, self.critics, images, painted, draws.mask)
+            recon, logs = painting_loss(c, self.frozen, images, painted, draws.mask)
             loss = joint_loss(recon, nll, nll_weight)  # Eq. 6
-        for name, teacher in self.critics.teachers.items():
+        for name, teacher in self.frozen.teachers.items():
             predicted = self.auxiliary[name](z)  # (B, N, C_t)
             logs[f"aux_{name}"] = auxiliary_loss(predicted, teacher(images), draws.mask)  # Eq. 7
             loss = loss + c.teacher_weight * logs[f"aux_{name}"]
@@ -895,9 +914,11 @@ class DecoderTraining(nn.Module):
     """Phase 2, the decoder's side: Eq. 8 on latents that come, as in phase 1, from MASKED images
     with noise, so that the decoder goes on seeing what the flow has learned to produce."""
 
-    def __init__(self, model: MIMFlow, critics: Critics, discriminator: PatchDiscriminator | None):
+    def __init__(
+        self, model: MIMFlow, frozen: FrozenNetworks, discriminator: PatchDiscriminator | None
+    ):
         super().__init__()
-        self.model, self.critics = model, critics
+        self.model, self.frozen = model, frozen
         # In a tuple: its weights belong to the other player (DiscriminatorTraining), not to this.
         self.opponent = (discriminator,)
 
@@ -909,7 +930,7 @@ class DecoderTraining(nn.Module):
         with torch.no_grad():
             _, z = self.model.latents(images, draws)  # (B, K, d)
         painted = self.model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
-        loss, logs = judge_painting(c, self.critics, images, painted, draws.mask)
+        loss, logs = painting_loss(c, self.frozen, images, painted, draws.mask)
         if discriminator is not None:
             # Detached weights: this loss moves the painting, never its judge.
             weights = {name: p.detach() for name, p in discriminator.named_parameters()}
@@ -943,7 +964,8 @@ def count_parameters(module: nn.Module) -> int:
 def sample_noise(seed: int, indices: range, num_latents: int, latent_dim: int) -> Tensor:
     """Noise u (len(indices), K, d) of samples number `indices`: each has a generator of its own,
     so that sample i is the same whichever process draws it and whatever is drawn beside it."""
-    # The 1 keeps these streams apart from those of the training steps.
+    # The 1 keeps these streams apart from those of the training steps. (A 0 would not: to
+    # SeedSequence, (seed, i, 0) and (seed, i) are the same.)
     generators = (torch.Generator().manual_seed(derived_seed(seed, i, 1)) for i in indices)
     return torch.stack([torch.randn(num_latents, latent_dim, generator=g) for g in generators])
 
@@ -1021,6 +1043,7 @@ def start_processes(device: torch.device) -> None:
         # new processes do not meet the addresses of dead ones.
         store, this, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore(f"try{restarts()}", store)
+        # gloo as well: what processes agree on in CPU memory (StopSignal) waits for no GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=this, world_size=count, timeout=TIMEOUT)
 
@@ -1090,7 +1113,8 @@ def lock_folder(folder: Path) -> Any:
 #
 # A pickle can run code when it is read; with weights_only torch refuses those that would. Writing
 # goes to a temporary file, is synced and renamed, so a kill at any moment leaves the old file or
-# the new one. The bare model is saved, never what compile or DDP wrap around it.
+# the new one (or, between two renames, the old one as previous.pt). The bare model is saved, never
+# what compile or DDP wrap around it.
 #
 #   last.pt      format, step, config, class_names, model, ema, optimizer, skipped, and auxiliary
 #                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
@@ -1100,7 +1124,8 @@ def lock_folder(folder: Path) -> Any:
 
 def write_file(path: Path, write: Callable[[Any], Any], previous: Path | None = None) -> None:
     """Call `write(stream)` on a temporary file beside `path`, sync it, put it in place: path always
-    holds either the old content or the whole new one. The old one moves to `previous`, if given."""
+    holds either the old content or the whole new one. The old one moves to `previous`, if given;
+    between the two renames it is there alone, and `find_last` looks there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -1186,7 +1211,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # key, value, runtime errors: all mean that this is no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(f"checkpoint {path} is not one of train.py ({reason[:100]})")
-    if not isinstance(checkpoint, dict) or not HEAD | {"model"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not REQUIRED_KEYS | {"model"} <= checkpoint.keys():
         fail(f"{path} is not a MIMFlow checkpoint (model.pt or last.pt of train.py)")
     if checkpoint["format"] > CHECKPOINT_FORMAT:
         fail(
@@ -1218,7 +1243,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIM
         reason = str(error).splitlines()[-1].strip()
         fail(f"{path}: the weights do not fit its configuration ({reason[:100]})")
     model.step = checkpoint["step"]
-    return model.to(device).eval()
+    # Phase 2 has frozen the flow. But autocast keeps the bfloat16 copies only of weights that may
+    # need gradients; without them, sampling would cast all weights again for every token.
+    return model.requires_grad_().to(device).eval()
 
 
 def find_checkpoint(path: str | None) -> Path:
@@ -1293,8 +1320,8 @@ def start_over(run_dir: Path) -> None:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of log.jsonl after `step`: those steps are about to be done again. So goes a
-    line that a full disk or a kill cut short."""
+    """Drop the lines of log.jsonl after `step`: those steps are about to be done again. A line that
+    a full disk or a kill cut short is dropped, too."""
     if path.is_file():
         kept = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
@@ -1345,7 +1372,8 @@ def save_png(images: Tensor, columns: int, path: Path) -> None:
 
 
 def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW (Tab. 7) over the weights of `module` that train, in one fused kernel."""
+    """AdamW (Tab. 7) over the weights of `module` that train, in one fused kernel: the only one
+    that obeys `found_inf`, by which the loop skips a step."""
     c = config
     return torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
@@ -1387,11 +1415,12 @@ def main(config: Config, overwrite: bool = False) -> None:
             "--overwrite starts again"
         )
         return
-    trained = None
+    trained = None  # a run that goes on has its own, later weights in last.pt
     if c.init is not None and checkpoint is None:
         trained = load_checkpoint(c.init)
         check_init(trained.config, config)
-    critics = load_critics(config, device)
+    # Before the processes join: a download may take longer than they would wait for one another.
+    frozen = load_frozen_networks(config, device)
     start_processes(device)
     lock = None
     if rank() == 0:
@@ -1410,23 +1439,25 @@ def main(config: Config, overwrite: bool = False) -> None:
     if trained is not None:
         model.encoder.load_state_dict(trained.encoder.state_dict())
         model.decoder.load_state_dict(trained.decoder.state_dict())
-        if c.phase == "decoder":
+        if c.phase == "decoder":  # the baseline of Tab. 1 trains a flow of its own, from nothing
             model.flow.load_state_dict(trained.flow.state_dict())
-    # The average is what is sampled from and shared; it starts as a copy and follows slowly.
+    # The average is what is sampled from and shared; it starts as a copy and follows slowly. Every
+    # process has made the same weights from the seed, so all copies are the same.
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     discriminator = None
     if c.phase == "joint":
-        training = JointTraining(model, critics).to(device)
+        training = JointTraining(model, frozen).to(device)
     else:
         if c.gan_weight:
             # channels_last is the layout in which bfloat16 convolutions are fastest on a GPU.
             discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
-            if device.type == "cuda" and world_size() > 1:  # not implemented on the CPU
+            # Else each GPU would normalise by its own few pictures. Not implemented on the CPU.
+            if device.type == "cuda" and world_size() > 1:
                 discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-        training = DecoderTraining(model, critics, discriminator)
+        training = DecoderTraining(model, frozen, discriminator)
 
-    # One player, or in phase 2 two: each with its own optimizer. `saved` is all that a step changes
-    # and the next one needs, by its name in last.pt.
+    # One player, or in phase 2 two: each with its own optimizer. `saved` is what a step changes and
+    # the next one needs, by its name in last.pt (counts apart).
     players = (
         [training] if discriminator is None else [training, DiscriminatorTraining(discriminator)]
     )
@@ -1446,6 +1477,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         skipped += checkpoint["skipped"]
         say(f"continuing {run_dir} after step {start}")
     del checkpoint, trained
+    # The players as the loop calls them; optimizers and checkpoints hold the bare modules.
     steppers = [distribute(player, config, device) for player in players]
     bf16 = uses_bf16(device)
 
@@ -1469,9 +1501,13 @@ def main(config: Config, overwrite: bool = False) -> None:
         f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
     )
 
-    # The run folder changes only now that everything needed is there.
-    if float(mean_over_processes(torch.tensor(float(start), device=device))) != start:
+    # Each process has read last.pt by itself: all must have found the same.
+    bounds = torch.tensor([start, -start], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    if bounds.tolist() != [start, -start]:
         fail(f"rank {rank()} would start at step {start}, others not: share {run_dir}", 1, True)
+    # The run folder changes only now that everything needed is there, and read by all.
     if rank() == 0:
         if overwrite:
             start_over(run_dir)
@@ -1489,6 +1525,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         head["class_names"] = list(dataset.class_names)
         full = {name: part.state_dict() for name, part in saved.items()}
         full = {**head, **full, "skipped": int(skipped)}
+        # What the run needs goes first, in case that the disk fills up between the two.
         write_file(last, lambda stream: torch.save(full, stream), run_dir / "previous.pt")
         shared = {**head, "model": full["ema"]}
         write_file(run_dir / "model.pt", lambda stream: torch.save(shared, stream))
@@ -1507,8 +1544,8 @@ def main(config: Config, overwrite: bool = False) -> None:
         if not terminal:
             say(f"step {step}/{c.steps}  {text}  {line['ms_per_step']:.0f} ms")
 
-    # The loop. Nothing in it waits for the GPU but logging and saving: the host stays ahead and
-    # keeps the device busy.
+    # The loop. Nothing in it waits for the GPU but logging, drawing and saving: the host stays
+    # ahead and keeps the device busy.
     logged, since, complete = start, time.perf_counter(), True
     # Counts are read from the device with the log. On a CPU reading costs nothing: every step.
     check_every = 1 if device.type == "cpu" else c.log_every
@@ -1516,7 +1553,6 @@ def main(config: Config, overwrite: bool = False) -> None:
     terminal = sys.stderr.isatty() and rank() == 0
     bar = tqdm(total=c.steps, initial=start, desc="training", disable=not terminal)
     for step, (images, labels, bad) in enumerate(loader, start=start):
-        # Learning rate and loss weight of this step.
         done = step + 1
         lr = learning_rate(config, step)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -1531,18 +1567,19 @@ def main(config: Config, overwrite: bool = False) -> None:
         if c.num_classes == 0:
             labels = torch.full_like(labels, -1)
         draws = draw_randomness(config, step, device)
-        part = share // c.grad_accum
+        micro_batch = share // c.grad_accum
         logs: list[dict[str, Tensor]] = []
-        for first in range(0, share, part):
+        for first in range(0, share, micro_batch):
+            last_part = first + micro_batch == share
             for stepper in steppers if world_size() > 1 else []:
-                stepper.require_backward_grad_sync = first + part == share
-            part_draws = draws.rows(rows.start + first, rows.start + first + part)
-            here = slice(first, first + part)
+                stepper.require_backward_grad_sync = last_part  # what DDP.no_sync() sets
+            part_draws = draws.rows(rows.start + first, rows.start + first + micro_batch)
+            here = slice(first, first + micro_batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, part_logs, painted = steppers[0](
                     images[here], labels[here], part_draws, nll_weight
                 )
-            (loss / c.grad_accum).backward()
+            (loss / c.grad_accum).backward()  # parts are equal: the mean of means is the mean
             # Both players answer the same pictures, and both move at the end of the step.
             if discriminator is not None:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -1551,16 +1588,17 @@ def main(config: Config, overwrite: bool = False) -> None:
                 part_logs |= more_logs
             logs.append(part_logs)
 
-        # Update. If a gradient is not finite no weight moves (found_inf, as torch's GradScaler
-        # does it: the decision stays on the device). Ten in a row, seen when the counts are read,
-        # end the run.
+        # Update. If a gradient is not finite no weight moves (found_inf, as torch's GradScaler does
+        # it: the decision stays on the device). The norms are of averaged gradients, so all
+        # processes decide alike, and both players move or none. Ten in a row, seen when the counts
+        # are read, end the run.
         norms = [nn.utils.clip_grad_norm_(player.parameters(), c.grad_clip) for player in players]
         not_finite = 1 - torch.stack(norms).isfinite().all().float()
         for optimizer in optimizers:
             optimizer.found_inf = not_finite
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, model, c.ema, step)
+        update_ema(ema, model, c.ema, step)  # after a skipped step too: towards what stood still
         skipped += not_finite
         in_a_row = (in_a_row + 1) * not_finite
         if (done % check_every == 0 or done == c.steps) and int(skipped) > counted:
@@ -1578,7 +1616,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         if done % c.log_every == 0 or done == c.steps:
             line = {"step": done, "lr": lr, "grad_norm": float(norms[0]), "skipped": int(skipped)}
             for name in logs[0]:
-                mean = mean_over_processes(torch.stack([part[name] for part in logs]).mean(dim=0))
+                mean = mean_over_processes(torch.stack([entry[name] for entry in logs]).mean(dim=0))
                 line[name] = mean.tolist()
             if c.skip_bad_images:  # each process has met its own
                 mean = mean_over_processes(torch.tensor(float(len(broken.indices)), device=device))
@@ -1591,6 +1629,8 @@ def main(config: Config, overwrite: bool = False) -> None:
                 attempt(str(log_path), lambda line=line, done=done: log(done, line))
         if rank() == 0 and (done % c.sample_every == 0 or done == c.steps):
             attempt("a grid of samples", lambda done=done: draw_samples(done))
+        # Asked at every step: a process that left alone would leave the others waiting. While
+        # gradients are not finite nothing is saved, so that both checkpoints are from before.
         stopped_by = stop.agreed()
         due = done == c.steps or stopped_by or (done % c.save_every == 0 and in_a_row == 0)
         if rank() == 0 and due:
@@ -1672,7 +1712,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
         "--dry-run", action="store_true", help="print configuration and sizes, stop"
     )
     parser.add_argument("--check-data", action="store_true", help="open every picture once, stop")
-    for f in fields(Config)[1:]:
+    for f in fields(Config)[1:]:  # --preset has been added above
         if f.name in FLAG_GROUPS:
             group = parser.add_argument_group(FLAG_GROUPS[f.name])
         settings = dict(f.metadata)
@@ -1689,6 +1729,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
             settings.setdefault("metavar", "N" if kind in (int, float) else None)
         if "choices" in settings:
             settings.pop("metavar")
+        # SUPPRESS: what is not given stays open for the preset.
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, **settings)
 
     flags = parser.parse_args(arguments)

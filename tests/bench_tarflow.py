@@ -1,11 +1,12 @@
-"""Writes BENCHMARKS.md: this flow beside apple/ml-tarflow's, its cost against K, and jacobi.
+"""Writes BENCHMARKS.md: this flow beside apple/ml-tarflow's, its cost against K, jacobi, and what
+`evaluate.py cost` reports.
 
     git clone https://github.com/apple/ml-tarflow /elsewhere/ml-tarflow
     python tests/bench_tarflow.py --tarflow /elsewhere/ml-tarflow > BENCHMARKS.md
 
-Not collected by pytest: it takes minutes, and another project's code. One thread; what is compared
-runs in turns (A B A B ...) in one process, and medians of its CPU seconds count, so that other
-programs on the machine disturb little, and both alike.
+Not collected by pytest: it takes 20 minutes, another project's code, and a machine with nothing
+else to do. What is compared runs in turns (A B A B ...) in one process, so that a disturbance hits
+both alike, and medians count.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
 from conftest import randomize  # noqa: E402
 
+import evaluate  # noqa: E402
 import train  # noqa: E402
 from flow import NormalizingFlow  # noqa: E402
 
@@ -41,13 +43,13 @@ Work = dict[str, Callable[[], object]]
 
 
 def medians(work: Work, runs: int) -> dict[str, float]:
-    """CPU seconds of each piece of work: medians of `runs` turns, after one to warm up."""
+    """Seconds of each piece of work: medians of `runs` turns, after one to warm up."""
     seconds = {name: [] for name in work}
     for turn in range(runs + 1):
         for name, call in work.items():
-            start = time.process_time()
+            start = time.perf_counter()
             call()
-            seconds[name] += [time.process_time() - start] if turn else []
+            seconds[name] += [time.perf_counter() - start] if turn else []
         print(f"turn {turn} of {runs}: {', '.join(work)}", file=sys.stderr)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
@@ -116,31 +118,32 @@ def side_by_side(folder: Path, runs: int) -> None:
     theirs, plain, gated = their_blocks(folder), our_flow(), our_flow(gated=True)
     z, labels = torch.randn(BATCH, K, D), torch.randint(CLASSES, (BATCH,))
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True).strip()
-    rows = []
-    work: Work = {
-        "theirs": lambda: their_step(theirs, z, labels),
-        "plain": lambda: our_step(plain, z, labels),
-        "gated": lambda: our_step(gated, z, labels),
-    }
-    rows.append(("forward + backward", medians(work, runs), "at most 1.0 of its time"))
-    for guidance, goal in ((0.0, "1.2 times faster"), (GUIDANCE, "2.5 times faster")):
-        work = {
-            "theirs": lambda w=guidance: their_inverse(theirs, z, labels, w),
-            "plain": lambda w=guidance: plain.inverse(z, labels, w),
-            "gated": lambda w=guidance: gated.inverse(z, labels, w),
-        }
-        rows.append((f"inverse, guidance {guidance:g}", medians(work, runs), goal))
     print(f"\n## Beside apple/ml-tarflow, commit {commit[:12]}\n")
     print(
         f"K = {K}, d = {D}, width {WIDTH}, layers {DEPTHS}, batch {BATCH}, float32. It guides all\n"
         "blocks, this flow the deep one. It has no gates: without them is the equal comparison.\n"
         "Seconds; in brackets: its time over ours, above 1 = ours is faster."
     )
-    shown = [
-        (name, t["theirs"], *(f"{t[k]:.3g} ({t['theirs'] / t[k]:.2f})" for k in KINDS), goal)
-        for name, t, goal in rows
-    ]
-    table("work | ml-tarflow | without gates | with gates | goal", shown)
+    rows = []
+    for threads in dict.fromkeys((1, os.cpu_count())):
+        torch.set_num_threads(threads)
+        work: Work = {
+            "theirs": lambda: their_step(theirs, z, labels),
+            "plain": lambda: our_step(plain, z, labels),
+            "gated": lambda: our_step(gated, z, labels),
+        }
+        found = [("forward + backward", medians(work, 3 * runs), "1.0")]
+        for guidance, goal in ((0.0, "1.2"), (GUIDANCE, "2.5")):
+            work = {
+                "theirs": lambda w=guidance: their_inverse(theirs, z, labels, w),
+                "plain": lambda w=guidance: plain.inverse(z, labels, w),
+                "gated": lambda w=guidance: gated.inverse(z, labels, w),
+            }
+            found.append((f"inverse, guidance {guidance:g}", medians(work, runs), goal))
+        for name, t, goal in found:
+            ours = (f"{t[kind]:.3g} ({t['theirs'] / t[kind]:.2f})" for kind in KINDS)
+            rows.append((threads, name, t["theirs"], *ours, goal))
+    table("threads | work | ml-tarflow | without gates | with gates | goal", rows)
     ours, all_guided = sum(DEPTHS) + DEPTHS[-1], 2 * sum(DEPTHS)
     print(
         f"\nGuided, a token passes {ours} layers here and {all_guided} there: "
@@ -184,14 +187,40 @@ def jacobi_rows(name: str, flow: NormalizingFlow, batch: int, runs: int) -> list
 
 
 def jacobi_sweeps(checkpoint: Path, runs: int) -> None:
-    rows = []
-    if checkpoint.exists():
-        trained = train.load_checkpoint(checkpoint, torch.device("cpu")).flow
-        name = f"preset shapes, trained, K = {trained.num_latents}"
-        rows += jacobi_rows(name, trained, 1, runs) + jacobi_rows(name, trained, 64, runs)
+    trained = train.load_checkpoint(checkpoint, torch.device("cpu")).flow
+    name = f"preset shapes, trained, K = {trained.num_latents}"
+    rows = jacobi_rows(name, trained, 1, runs) + jacobi_rows(name, trained, 64, runs)
     rows += jacobi_rows(f"random weights, K = {K}", our_flow(gated=True), 1, runs)
     print("\n## Jacobi\n\nTolerance 1e-5; sweeps of each block, deep block first; seconds.")
     table("flow | batch | guidance | sequential | jacobi | sweeps | largest difference", rows)
+
+
+def cost_report(arguments: str, training: bool) -> None:
+    """What `evaluate.py cost` measures of training and sampling."""
+    flags = evaluate.parse_arguments(["cost", *arguments.split()])
+    flags.device = torch.device("cpu")
+    model = evaluate.model_to_time(flags)
+    print(f"\n`python evaluate.py cost {arguments}`".replace(f"{ROOT}/", "") + "\n")
+    if training:
+        step = evaluate.time_training(model.config, flags)
+        peak = step["matmul_peak_tera_multiply_adds_a_second"]
+        print(f"Peak of matrix products: {peak:.3g} tera multiply-adds a second.")
+        for kind in ("eager", "compiled"):
+            took, share = step[kind]["ms_a_step"], step[kind]["share_of_matmul_peak"]
+            size = step["batch_size"]
+            print(f"Training step of {size} pictures, {kind}: {took:.0f} ms, {share:.0%} of it.")
+    rows = [
+        (
+            name,
+            row["s_an_image"],
+            row["images_a_s"],
+            row["floor_s"] * row["s_an_image"] / row["s_a_batch"],
+            f"{row['of_peak']:.1%}",
+            row["passes"],
+        )
+        for name, row in evaluate.time_sampling(model, flags).items()
+    ]
+    table("sampling | s an image | images/s | floor, s an image | of peak | passes", rows)
 
 
 def main() -> None:
@@ -200,20 +229,24 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs/shapes/model.pt")
     parser.add_argument("--runs", type=int, default=5, help="turns of each measurement")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if not options.checkpoint.exists():
+        parser.error(f"{options.checkpoint} is missing: python train.py makes it")
     torch.manual_seed(0)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     load = os.getloadavg()[0]
     print(
         "# Benchmarks\n\n"
         "Written by `python tests/bench_tarflow.py --tarflow CLONE > BENCHMARKS.md`.\n"
-        f"One thread of {os.cpu_count()} ({cpu}), Python {platform.python_version()}, torch "
-        f"{torch.__version__}.\nCPU seconds, medians of {options.runs} runs in turns. "
-        "GPU: not measured."
+        f"{cpu}, {os.cpu_count()} cores and threads where nothing else is said, Python "
+        f"{platform.python_version()}, torch {torch.__version__}.\n"
+        f"Medians of {options.runs} runs in turns. GPU: not measured."
     )
     side_by_side(options.tarflow, options.runs)
     cost_against_tokens(options.runs)
     jacobi_sweeps(options.checkpoint, options.runs)
+    print("\n## Training and sampling")
+    cost_report(f"{options.checkpoint} --compile", training=True)
+    cost_report("--preset mimflow-l --batches 1 --runs 3", training=False)
     print(
         f"\nLoad of the machine (1 minute) before and after: {load:.1f}, {os.getloadavg()[0]:.1f}."
     )

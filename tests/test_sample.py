@@ -215,8 +215,8 @@ def test_auto_takes_the_faster_sampler_and_says_which(
     monkeypatch.setattr(sample, "draw", draw)
     flags = ("--sampler", "auto", "--num", "8", "--batch-size", "5", "--npz", tmp_path / "s.npz")
     run(checkpoint, *flags)
-    assert used[:3] == [("sequential", 5), ("sequential", 5), ("jacobi", 5)]
-    assert used[3:] == [(faster, 5), (faster, 3)]
+    assert used[:5] == 3 * [("sequential", 5)] + 2 * [("jacobi", 5)]
+    assert used[5:] == [(faster, 5), (faster, 3)]
     assert f"--sampler {faster}: a batch of 5 takes" in capsys.readouterr().out
 
 
@@ -389,3 +389,22 @@ def test_a_cuda_graph_gives_what_the_plain_path_gives(flow, bf16):
             found = inverse(u, labels, 1.5, watch=lambda block, solved: None, **rule)
             expected = flow.inverse(u, labels, 1.5)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["joint", "decoder"])
+def test_bfloat16_weights_are_cast_once_a_batch(phase, tiny, tmp_path):
+    """Autocast keeps its copies only of weights that may need gradients: phase 2 froze some."""
+    model = randomize(train.MIMFlow(replace(tiny, phase=phase), tuple(train.SHAPES)))
+    model = train.load_checkpoint(write_checkpoint(model.config, model))
+    weights, casts = {id(p): name for name, p in model.flow.named_parameters()}, []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and id(args[0]) in weights:
+                casts.append(weights[id(args[0])])
+            return function(*args, **(kwargs or {}))
+
+    options = sample.parse_arguments(["--bf16", "--guidance", "1"])
+    with Casts():
+        sample.draw(model, range(3), [0], options)
+    assert len(casts) == len(set(casts)) > 20

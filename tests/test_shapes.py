@@ -46,11 +46,11 @@ SYMBOLS = (
 NOT_SHAPES = {
     "(x, y) (x, x_hat) (mu, alpha) (u, logdet) (z, labels) (j, j + hd/2)": "tuples of values",
     "(Attention, MLP, Block) (sigma, masks) (forward, backward, ...)": "lists in words",
-    "(seed, i) (seed, n) (seed, s) (seed, step) (seed, epoch, index)": "seeds of random streams",
+    "(seed, i) (seed, i, 0) (seed, n) (seed, s) (seed, step) (seed, epoch, index)": "seeds of streams",
     "(epoch, index) (image, label)": "keys and items of a dataset",
     "(height, width) (channels, kernel, stride)": "settings of a convolution",
     "(row, column) (row, column, colour) (17, 17, 7) (7, 17, 17)": "orders of axes",
-    "(0, 0) (0, I) (sigma_c/sigma_u, 1)": "a mask ratio or a place, a Gaussian, min's arguments",
+    "(0, 0) (0, I) (sigma_c/sigma_null, 1)": "a mask ratio or a place, a Gaussian, min's arguments",
 }
 NOT_SHAPES = [shape for line in NOT_SHAPES for shape in re.findall(r"\([^()]*\)", line)]
 STATED_AGAIN = {  # claims that nothing here can see: where they are asserted in other words
@@ -598,7 +598,7 @@ def test_shapes_that_nothing_here_can_see_are_as_told():
     assert cache.buffer.shape == (2, 2, 3, 7, 5, 11)
     config = small_config(batch_size=3)
     model = train.MIMFlow(config)
-    training = train.JointTraining(model, train.Critics(None, {}))
+    training = train.JointTraining(model, train.FrozenNetworks(None, {}))
     draws = train.draw_randomness(config, 0, CPU)
     loss, logs, _ = training(torch.zeros(3, 3, 24, 24), torch.arange(3), draws, 1.0)
     assert logs.pop("block_mean_square").shape == (2,)

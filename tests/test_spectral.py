@@ -302,7 +302,7 @@ def save_checkpoint(path, weights=lambda name: True, **changes) -> train.MIMFlow
     config = train.Config(**{**train.PRESETS["shapes"], **tiny, **changes}, preset="shapes")
     model = train.MIMFlow(config, tuple(train.SHAPES))
     for block in model.flow.blocks:
-        torch.nn.init.normal_(block.proj_out.weight, std=0.2)
+        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
     state = {name: x for name, x in model.state_dict().items() if weights(name)}
     names = list(train.SHAPES)
     values = dict(format=1, step=7, config=asdict(config), class_names=names, model=state)

@@ -211,7 +211,7 @@ def test_forward_is_the_sum_of_the_named_terms(tiny):
     images, labels = batch_of(tiny, 8)
     draws = train.draw_randomness(tiny, 0, torch.device("cpu"))
     draws = draws._replace(noise=draws.noise.double(), branch_scales=draws.branch_scales.double())
-    training = train.JointTraining(model, train.Critics(None, {}))
+    training = train.JointTraining(model, train.FrozenNetworks(None, {}))
     loss, logs, painted = training(images.double(), labels, draws, 0.3)
     z = model.encoder(images.double(), draws.mask) + 0.3 * draws.noise
     used = torch.where(draws.drop_label, -1, labels)
@@ -265,7 +265,7 @@ def test_ema_arithmetic():
 
 def test_one_batch_overfits(tiny):
     config = replace(tiny, width=32, num_latents=8, drop_path=0.0, lr=3e-3)
-    training = train.JointTraining(train.MIMFlow(config), train.Critics(None, {}))
+    training = train.JointTraining(train.MIMFlow(config), train.FrozenNetworks(None, {}))
     images, labels = batch_of(config, 8)
     optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
     draws = train.draw_randomness(config, 0, torch.device("cpu"))
@@ -543,14 +543,14 @@ CPU = torch.device("cpu")
 
 def test_teachers_add_eq_7_and_learn_nothing_themselves(tiny):
     config = replace(tiny, teachers=("hog",), aux_width=8, teacher_weight=0.5, mim_weight=5.0)
-    critics = train.load_critics(config, CPU)
-    training = randomize(train.JointTraining(train.MIMFlow(config), critics)).eval()
+    frozen = train.load_frozen_networks(config, CPU)
+    training = randomize(train.JointTraining(train.MIMFlow(config), frozen)).eval()
     images, labels = batch_of(config, 4)
     draws = train.draw_randomness(config, 0, CPU).rows(0, 4)
     loss, logs, painted = training(images, labels, draws, 0.3)
 
     z = training.model.encoder(images, draws.mask) + config.sigma * draws.noise
-    predicted, target = training.auxiliary["hog"](z), critics.teachers["hog"](images)
+    predicted, target = training.auxiliary["hog"](z), frozen.teachers["hog"](images)
     cosine = torch.nn.functional.cosine_similarity(predicted, target, dim=-1)
     masked = torch.stack([-cosine[i][draws.mask[i]].mean() for i in range(4)]).mean()
     torch.testing.assert_close(logs["aux_hog"], masked)
@@ -573,23 +573,23 @@ def test_teachers_add_eq_7_and_learn_nothing_themselves(tiny):
 
 def test_lpips_is_part_of_the_loss_and_of_no_optimizer(tiny):
     config = replace(tiny, perceptual_weight=1.1, vgg="random")
-    critics = train.load_critics(config, CPU)
-    training = randomize(train.JointTraining(train.MIMFlow(config), critics)).train()
+    frozen = train.load_frozen_networks(config, CPU)
+    training = randomize(train.JointTraining(train.MIMFlow(config), frozen)).train()
     images, labels = batch_of(config, 2)
     draws = train.draw_randomness(config, 0, CPU).rows(0, 2)
     loss, logs, painted = training(images, labels, draws, 0.0)
-    torch.testing.assert_close(logs["lpips"], critics.perceptual(images, painted).mean())
+    torch.testing.assert_close(logs["lpips"], frozen.perceptual(images, painted).mean())
     torch.testing.assert_close(loss, logs["mse"] + 1.1 * logs["lpips"])
-    own = {id(p) for p in critics.perceptual.parameters()}
+    own = {id(p) for p in frozen.perceptual.parameters()}
     held = {
         id(p)
         for group in train.make_optimizer(training, config).param_groups
         for p in group["params"]
     }
-    assert not own & held and not any(m.training for m in critics.perceptual.modules())
+    assert not own & held and not any(m.training for m in frozen.perceptual.modules())
     # The baseline paints nothing, and sampling needs no judge: neither looks for weight files.
     missing = replace(config, vgg="/nowhere", teachers=("dino",), freeze_autoencoder=True)
-    assert train.load_critics(missing, CPU) == train.Critics(None, {})
+    assert train.load_frozen_networks(missing, CPU) == train.FrozenNetworks(None, {})
 
 
 @pytest.fixture
@@ -607,9 +607,9 @@ def test_decoder_and_discriminator_leave_each_other_alone(phase_two):
     images, labels = batch_of(phase_two, 4)
     draws = train.draw_randomness(phase_two, 0, CPU).rows(0, 4)
     before = {name: value.clone() for name, value in judge.state_dict().items()}
-    loss, logs, painted = train.DecoderTraining(randomize(model), train.Critics(None, {}), judge)(
-        images, labels, draws, 0.0
-    )
+    loss, logs, painted = train.DecoderTraining(
+        randomize(model), train.FrozenNetworks(None, {}), judge
+    )(images, labels, draws, 0.0)
     loss.backward()
     torch.testing.assert_close(loss, logs["mse"] + 0.05 * logs["gan"])  # Eq. 8
     torch.testing.assert_close(logs["gan"], -judge(painted).mean())
