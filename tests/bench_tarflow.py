@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
@@ -149,6 +150,24 @@ def side_by_side(folder: Path, runs: int) -> None:
         f"\nGuided, a token passes {ours} layers here and {all_guided} there: "
         f"{all_guided / ours:.2f} times less arithmetic. The rest of the factor\nis what a token "
         "costs beside it: this cache is never copied, and both halves share one call."
+    )
+    where_time_goes(plain, z, labels)
+
+
+def where_time_goes(flow: NormalizingFlow, u: torch.Tensor, labels: torch.Tensor) -> None:
+    """What holds back guided sampling, on one thread, by torch's profiler."""
+    torch.set_num_threads(1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        flow.inverse(u, labels, GUIDANCE)
+    seconds = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    torch.set_num_threads(os.cpu_count())
+    total = sum(seconds.values())
+    products = sum(t for name, t in seconds.items() if name in ("aten::addmm", "aten::mm"))
+    attention = sum(t for name, t in seconds.items() if "attention" in name)
+    print(
+        f"Guided, without gates, one thread: {products / total:.0%} of the time goes into matrix "
+        f"products (of 16 or 32 rows),\n{attention / total:.0%} into attention, which reads all "
+        "keys and values from memory for every token, the rest into everything else."
     )
 
 

@@ -46,7 +46,7 @@ SYMBOLS = (
 NOT_SHAPES = {
     "(x, y) (x, x_hat) (mu, alpha) (u, logdet) (z, labels) (j, j + hd/2)": "tuples of values",
     "(Attention, MLP, Block) (sigma, masks) (forward, backward, ...)": "lists in words",
-    "(seed, i) (seed, i, 0) (seed, n) (seed, s) (seed, step) (seed, epoch, index)": "seeds of streams",
+    "(seed, i) (seed, i, 0) (seed, n) (seed, s) (seed, step) (seed, epoch, index)": "seeds",
     "(epoch, index) (image, label)": "keys and items of a dataset",
     "(height, width) (channels, kernel, stride)": "settings of a convolution",
     "(row, column) (row, column, colour) (17, 17, 7) (7, 17, 17)": "orders of axes",
