@@ -15,7 +15,7 @@ OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps to
 --num as an abbreviation of a flag of its own.)
 
 The flow is inverted token by token, or with --sampler jacobi by iterating over many tokens at once,
-to the same latents up to --tolerance; a single picture on a GPU is where that can pay. auto times
+to the same latents up to --tolerance; it can pay for single pictures of a large flow. auto times
 both first: what it took is printed, since the last bits of the pictures depend on it. For many
 batches token by token, --compile fuses what happens between two attentions, and --cuda-graph
 replays a recorded batch without Python. The first batch compiles and the second is recorded, so it

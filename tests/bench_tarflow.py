@@ -219,8 +219,9 @@ def cost_report(arguments: str, training: bool) -> None:
     flags = evaluate.parse_arguments(["cost", *arguments.split()])
     flags.device = torch.device("cpu")
     model = evaluate.model_to_time(flags)
-    print(f"\n`python evaluate.py cost {arguments}`".replace(f"{ROOT}/", "") + "\n")
+    print(f"\n`python evaluate.py cost {arguments}`".replace(f"{ROOT}/", ""))
     if training:
+        print()
         step = evaluate.time_training(model.config, flags)
         peak = step["matmul_peak_tera_multiply_adds_a_second"]
         print(f"Peak of matrix products: {peak:.3g} tera multiply-adds a second.")
