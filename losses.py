@@ -50,7 +50,8 @@ def pixel_loss(
     mask: Tensor | None = None,
     mim_weight: float = 1.0,
 ) -> Tensor:
-    """Mean squared error over the WHOLE image, masked or not (Eq. 5, App. A).
+    """Mean squared error over the WHOLE image, masked or not (Eq. 5, App. A): sampling paints from
+    the latent alone, so the latent must hold the visible patches as well.
 
     images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,).
 
