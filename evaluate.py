@@ -1536,10 +1536,10 @@ class Passes:
 
 
 def ways_to_sample(model: MIMFlow, flags: argparse.Namespace) -> Iterable[tuple[str, str]]:
-    """Flags of sample.py and the sampler they choose; the model is made ready before each, in an
-    order in which nothing has to be undone."""
-    yield "--sampler sequential", "sequential"
-    yield "--sampler jacobi", "jacobi"
+    """Names and samplers; the model is made ready before each, in an order in which nothing has to
+    be undone."""
+    yield "sequential", "sequential"
+    yield "jacobi", "jacobi"
     faster = []
     if flags.compile:
         sample.compile_layers(model.flow)
@@ -1575,9 +1575,8 @@ def time_sampling(model: MIMFlow, flags: argparse.Namespace) -> dict[str, dict[s
             seconds = measure(draw, device, flags.runs)
             rows[f"{way}, guidance {guidance:g}, batch {batch}"] = {
                 "s_an_image": seconds / batch,
+                "floor": max(work / peak, watch.bytes / bandwidth) / batch,
                 "images_a_s": batch / seconds,
-                "s_a_batch": seconds,
-                "floor_s": max(work / peak, watch.bytes / bandwidth),
                 "of_peak": work / seconds / peak,
                 "passes": watch.count,
             }
@@ -1619,7 +1618,7 @@ def model_to_time(flags: argparse.Namespace) -> MIMFlow:
     """The checkpoint's model, or one of the preset with weights that are not the identity."""
     if flags.checkpoint is not None:
         return load_checkpoint(flags.checkpoint, flags.device)
-    config = preset_config(flags.preset)
+    config = preset_config(flags.preset or "shapes")
     model = MIMFlow(config).to(flags.device).eval()
     for block in model.flow.blocks:
         nn.init.normal_(block.proj_out.weight, std=RANDOM_STD / math.sqrt(config.flow_width))
@@ -1646,8 +1645,9 @@ def cost(flags: argparse.Namespace) -> dict[str, Any]:
             "sampling": f"{dtype}; jacobi float32",
             "tokens": "guidance 0",
         }
-        protocol |= {"floor_s": "matrix products at the peak, or memory at the speed of a copy"}
-        protocol |= {"of_peak": f"of the peak in {dtype}, also where jacobi is float32"}
+        protocol["floor"] = "s an image: matrix products at the peak, or memory at a copy's speed"
+        protocol["of_peak"] = f"multiply-adds a second over those of a large product in {dtype}"
+        protocol["passes"] = "calls of the blocks for one batch, K - 1 of each token by token"
         protocol |= {"threads": torch.get_num_threads(), "timing": "median, after warming up"}
         if flags.device.type != "cuda":
             protocol["left_out"] = {"peak_memory_gb": "counted on CUDA only"}
@@ -1820,7 +1820,7 @@ def add_cost(parser: Parser) -> None:
     add = parser.add_argument
     text = "model.pt: its sizes instead of a preset's, and its weights for jacobi's sweeps"
     add("checkpoint", nargs="?", metavar="CKPT", help=text)
-    add("--preset", choices=PRESETS, default="shapes", help="default: shapes")
+    add("--preset", choices=PRESETS, help="default: shapes, if there is no CKPT")
     add("--no-timing", action="store_true", help="count only")
     text = f"numbers of tokens to sample with (default: {' '.join(map(str, TOKENS))})"
     add("--tokens", type=int, nargs="+", default=TOKENS, metavar="K", help=text)
@@ -1864,6 +1864,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("seed", "guidance", "num_workers"):
         if not 0 <= given.get(name, 0) < math.inf:
             parser.error(f"{flag(name)} must not be negative, and finite")
+    if flags.command == "cost" and flags.checkpoint and flags.preset:
+        parser.error("cost takes a checkpoint or a --preset, not both")
     if min(given.get("tokens", [2])) < 2:
         parser.error("--tokens must be at least 2")
     if min(given.get("batches", [1])) < 1:

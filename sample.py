@@ -437,6 +437,7 @@ def main(options: argparse.Namespace) -> None:
         options.guidance = model.config.guidance if model.config.num_classes else 0.0
     if options.num is None:
         options.num = GRID_COLUMNS * (len(classes) if classes != [-1] else GRID_COLUMNS)
+    classes = classes[: options.num]  # fewer pictures than classes: no rows without any
     if options.out is None and options.npz is None:
         options.out = path.parent / "grid.png"
     for output in filter(None, (options.out, options.npz)):

@@ -39,8 +39,7 @@ its number and the checkpoint's mask settings alone.
 Cost of one product with A, counted: a JVP (torch multiplies the weights three times) and a VJP
 (once, weights need no gradient). mimflow-l: 0.36 + 0.12 TFLOP per image, 14 s on one CPU core. In
 float64 its weights are 3.8 GB, the graph of the VJP 0.8 GB an image, a remembered CG direction 128
-kB an image: --batch-size is the flag that makes it fit, --dtype float32 with a larger --tolerance
-the one that halves it.
+kB an image: --batch-size is the flag that makes it fit, --dtype float32 the one that halves it.
 """
 
 import argparse
@@ -607,6 +606,8 @@ def main(flags: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
 
     # Everything that can be wrong is found before the first product.
+    if flags.tolerance is None:  # below float32's own, iterations only add rounding
+        flags.tolerance = 1e-6 if flags.dtype == "float64" else 1e-4
     for name in ("images", "batch_size", "max_iterations", "shift", "tolerance"):
         if not getattr(flags, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(flags, name)}", 2)
@@ -658,7 +659,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="FOLDER", help="pictures (val/ if there is one); None = the run's own")
     add("--images", type=int, default=64, metavar="N", help="pictures per checkpoint")
     add("--shift", type=float, default=1e-12, metavar="X", help="eps of Eq. 10, over sigma_max^2")
-    add("--tolerance", type=float, default=1e-6, metavar="X", help="relative residual to reach")
+    text = "relative residual to reach; None = 1e-6, in float32 1e-4"
+    add("--tolerance", type=float, metavar="X", help=text)
     add("--max-iterations", type=int, default=1000, metavar="N", help="limit of each iteration")
     add("--seed", type=int, default=0, metavar="N", help="of pictures, masks, noise, first vector")
     add("--check", action="store_true", default=hidden, help="sigma_min a second, exact way")

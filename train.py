@@ -44,6 +44,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -147,7 +148,7 @@ class Config:
     )
     num_workers: int = option(8, "data-loading processes per GPU")
     skip_bad_images: bool = option(
-        False, "use a fixed neighbour for a picture that cannot be read; at most 0.1 %% of them"
+        False, "use a fixed neighbour for a picture that cannot be read; at most 0.1 %%, or one"
     )
 
     # Masked encoder and decoder (Tab. 6): ViT-B twice
@@ -526,7 +527,7 @@ class FolderDataset(Dataset):
     def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
         top = Path(folder)
         if not top.is_dir():
-            fail(f"data folder {folder} does not exist: give --data a folder of pictures")
+            fail(f"there is no data folder {folder}: give --data a folder of pictures")
         self.image_size, self.seed = image_size, seed
         folders = {path.name for path in visible(top) if path.is_dir()}
         has_splits = "train" in folders and folders <= {"train", "val", "test"}
@@ -653,9 +654,10 @@ class BrokenImages:
 
     def check(self, count: int) -> None:
         """End the run if `count` broken pictures are too many."""
-        if count > MAX_BROKEN_SHARE * len(self.dataset):
+        # One may be broken in the smallest folder; else the flag would be of no use there.
+        if count > max(1, MAX_BROKEN_SHARE * len(self.dataset)):
             fail(
-                f"{count} of {len(self.dataset)} pictures cannot be read, more than "
+                f"{count} of {len(self.dataset)} pictures cannot be read, more than one and "
                 f"{MAX_BROKEN_SHARE:.1%}: --check-data lists all; repair or remove them",
                 every_rank=True,
             )
@@ -1024,7 +1026,7 @@ def select_device(name: str | None) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0][:200]
         fail(f"device {name} cannot be used by rank {rank()} ({reason})", 2, every_rank=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1196,7 +1198,7 @@ def find_last(run_dir: Path) -> Path | None:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong."""
     if Path(path).is_dir():
-        fail(f"{path} is a folder: name the checkpoint in it, {Path(path) / 'model.pt'}")
+        fail(f"{path} is a folder: name the checkpoint in it, in a run's folder model.pt")
     if not Path(path).is_file():
         fail(f"checkpoint {path} does not exist")
     if not intact(Path(path)):
@@ -1390,6 +1392,8 @@ def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Mo
     if config.compile:
         module = torch.compile(module)
     if world_size() > 1:
+        # Newer torch has another name for this flag, but still takes the old one.
+        warnings.filterwarnings("ignore", "'broadcast_buffers'", FutureWarning)
         module = DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,

@@ -409,7 +409,7 @@ def test_pictures_without_classes_are_unconditional(tmp_path):
         (["--images", "2001"], 2, "--images 2001 is more than"),
         (["--out", "numbers.txt"], 2, "must end in .json"),
         (["--out", "missing/numbers.json"], 2, "does not exist"),
-        (["--data", "missing"], 1, "data folder missing does not exist"),
+        (["--data", "missing"], 1, "no data folder missing"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, code, words):
