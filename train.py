@@ -1146,14 +1146,14 @@ def write_file(path: Path, write: Callable[[Any], Any], previous: Path | None = 
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file; on a full disk, no part of one."""
-    with open(path, "a") as stream:
-        before = stream.tell()
-        try:
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as stream:
             stream.write(line + "\n")
-            stream.flush()
-        except OSError:
+    except OSError:  # after closing, which tries to write the rest once more
+        if path.exists():
             os.truncate(path, before)
-            raise
+        raise
 
 
 def attempt(what: str, work: Callable[[], None]) -> bool:

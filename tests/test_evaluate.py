@@ -1,5 +1,6 @@
 """evaluate.py: every number against an independent computation, and the command lines."""
 
+import argparse
 import functools
 import json
 import math
@@ -735,6 +736,55 @@ def test_jacobi_reads_all_tokens_up_to_the_end_of_its_window(tiny):
     reach = window + min(5 + window, 39) + 39  # tokens seen by the three sweeps
     expected = 3 * train.count_parameters(deep) + reach * 2 * width * len(deep.layers)
     assert watch.bytes - before == 4 * expected
+
+
+def test_every_sampler_is_timed_and_each_way_adds_to_the_one_before(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sample, "compile_layers", compiled.append)
+    plain = [("sequential", "sequential"), ("jacobi", "jacobi")]
+    for compile, device, faster in (
+        (False, "cpu", []),
+        (True, "cpu", ["--compile"]),
+        (False, "cuda", ["--cuda-graph"]),
+        (True, "cuda", ["--compile", "--compile --cuda-graph"]),
+    ):
+        model = train.MIMFlow(tiny)
+        flags = argparse.Namespace(compile=compile, device=torch.device(device))
+        ways = list(evaluate.ways_to_sample(model, flags))
+        assert ways == plain + [(way, "sequential") for way in faster]
+        assert isinstance(model.flow.inverse, sample.RecordedInverse) == (device == "cuda")
+    assert len(compiled) == 2
+
+
+def test_the_floor_is_the_longer_of_computing_and_reading(tiny, monkeypatch):
+    flags = argparse.Namespace(device=torch.device("cpu"), runs=1, batches=[2], compile=False)
+    model, found = train.MIMFlow(tiny).eval(), []
+    for peak, bandwidth in ((1.0, 1e30), (1e30, 1.0)):
+        monkeypatch.setattr(evaluate, "matmul_peak", lambda *_, peak=peak: peak)
+        monkeypatch.setattr(evaluate, "memory_bandwidth", lambda *_, speed=bandwidth: speed)
+        found.append(evaluate.time_sampling(model, flags))
+    computing, reading = found
+    for name, guidance in (("guidance 0", 0.0), (f"guidance {tiny.guidance:g}", tiny.guidance)):
+        row = f"sequential, {name}, batch 2"
+        options = evaluate.drawing(guidance, "sequential")
+        watch = evaluate.Passes(model, 2, options)
+        draw = functools.partial(sample.draw, model, range(2), [*range(10)], options, watch)
+        assert computing[row]["floor"] == evaluate.count_multiply_adds(draw) / 2
+        assert reading[row]["floor"] == watch.bytes / 2
+
+
+def test_rows_with_the_same_names_become_a_table():
+    rows = {"b": {"x": 1, "y": 2.5}, "long name": {"x": None, "a longer name": 3}}
+    same = {"b": {"x": 1, "y": 2.5}, "long name": {"x": None, "y": 3000}}
+    assert evaluate.table({"rows": same}) == [
+        "  rows",
+        "                         x            y",
+        "    b                    1          2.5",
+        "    long name            -        3,000",
+    ]
+    for others in (rows, {"b": {"x": 1}}):  # other names, or one row alone: below one another
+        lines = evaluate.table({"rows": others})
+        assert lines[:2] == ["  rows", "    b"] and lines[2].split() == ["x", "1"]
 
 
 def test_cost_of_a_checkpoint(checkpoint, capsys):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +152,45 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_flags, tmp_path, run_sc
     finish(first)
 
 
+def test_a_finished_run_gives_signals_back(tiny):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    train.main(replace(tiny, steps=1))
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+WRAPPED = "Caught BrokenImage in worker 0.\nTraceback: ...\ntrain.BrokenImage: cannot read a.png"
+ENDS = {
+    "memory": (torch.cuda.OutOfMemoryError("tried to allocate"), 1, "GPU memory is full"),
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted"),
+    "disk": (OSError(28, "No space left on device"), 1, "No space left on device"),
+    "weights": (train.WeightsMissing("no file vgg.pth"), 1, "error: no file vgg.pth"),
+    "picture": (train.BrokenImage(WRAPPED), 1, "error: cannot read a.png"),
+    "worker": (RuntimeError("DataLoader worker exited\nmore"), 1, "a data worker ended"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_what_a_user_can_cause_is_one_line(case, capsys):
+    error, code, expected = ENDS[case]
+
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        train.run_program(work)
+    message = capsys.readouterr().err
+    assert stopped.value.code == code and expected in message and message.count("\n") == 1
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    def work():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train.run_program(work)
+
+
 # --------------------------------------------------------------------------------- Disks and files
 
 
@@ -190,19 +230,33 @@ def test_a_disk_full_at_the_end_keeps_the_checkpoint_before(tiny, monkeypatch, c
     assert last(tiny.run_dir)["step"] == 8
 
 
-def test_a_real_file_limit_stops_torch_save_and_the_line_says_why(tmp_path):
-    path = tmp_path / "last.pt"
-    train.write_file(path, lambda stream: torch.save({"old": torch.ones(3)}, stream))
+@pytest.fixture
+def file_limit():
+    """No file can grow beyond 100,000 bytes."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            big = {"new": torch.ones(100_000)}
-            train.write_file(path, lambda stream: torch.save(big, stream))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("length", [500, 50_000])
+def test_a_line_that_does_not_fit_leaves_no_part_of_it(tmp_path, file_limit, length):
+    path = tmp_path / "log.jsonl"
+    whole = b"x" * (99_900 - 1) + b"\n"
+    path.write_bytes(whole)
+    with pytest.raises(OSError, match="File too large"):
+        train.append_line(path, length * "y")
+    assert path.read_bytes() == whole
+
+
+def test_a_real_file_limit_stops_torch_save_and_the_line_says_why(tmp_path, file_limit):
+    path = tmp_path / "last.pt"
+    train.write_file(path, lambda stream: torch.save({"old": torch.ones(3)}, stream))
+    with pytest.raises(OSError, match="File too large"):
+        big = {"new": torch.ones(100_000)}
+        train.write_file(path, lambda stream: torch.save(big, stream))
     assert os.listdir(tmp_path) == ["last.pt"]
     assert torch.load(path, weights_only=True)["old"].tolist() == [1, 1, 1]
 
@@ -236,6 +290,14 @@ def test_a_damaged_last_checkpoint_falls_back_on_the_previous(tiny, tmp_path, da
     assert_same(expected["model"], last(short.run_dir)["model"])
     steps = [line["step"] for line in read_log(short.run_dir)]
     assert steps == [2, 4, 6, 8]
+
+
+def test_an_archive_that_is_no_checkpoint_is_not_intact(tmp_path):
+    with zipfile.ZipFile(tmp_path / "last.pt", "w") as archive:
+        archive.writestr("readme.txt", "sound, but not torch's")
+    assert not train.intact(tmp_path / "last.pt")
+    torch.save({"step": 1}, tmp_path / "last.pt")
+    assert train.intact(tmp_path / "last.pt")
 
 
 def test_a_flipped_byte_is_noticed_where_nothing_is_in_reserve(tiny, capsys):
@@ -275,7 +337,9 @@ def break_picture(path) -> None:
     path.write_bytes(content[:100])
 
 
-def test_a_skipped_picture_has_a_fixed_neighbour_and_is_named_once(tiny, tmp_path, capsys):
+def test_a_skipped_picture_has_a_fixed_neighbour_and_is_named_once(
+    tiny, tmp_path, capsys, monkeypatch
+):
     many_pictures(tmp_path / "data", 1001)
     bad = tmp_path / "data" / "cat" / "0500.png"
     break_picture(bad)
@@ -303,6 +367,25 @@ def test_a_skipped_picture_has_a_fixed_neighbour_and_is_named_once(tiny, tmp_pat
         train.main(config)
     train.main(replace(config, skip_bad_images=True))
     assert read_log(tiny.run_dir)[-1]["bad_images"] == 1
+    # As if a second process had met as many: two are too many.
+
+    def mean_of_two(value):
+        monkeypatch.setattr(train, "world_size", lambda: 2)
+        return value
+
+    monkeypatch.setattr(train, "mean_over_processes", mean_of_two)
+    with pytest.raises(SystemExit):
+        train.main(replace(config, skip_bad_images=True), overwrite=True)
+    assert "2 of 1001 pictures cannot be read" in capsys.readouterr().err
+
+
+def test_the_neighbour_may_be_far_and_after_the_last_comes_the_first(tmp_path):
+    write_pictures(tmp_path / "flat", 5)
+    for name in ("2.png", "3.png", "4.png"):
+        break_picture(tmp_path / "flat" / name)
+    dataset = train.open_dataset(str(tmp_path / "flat"), 16)
+    image, _, reported = train.TrainingPictures(dataset, skip_bad=True)[0, 2]
+    assert torch.equal(image, dataset[0, 0][0]) and reported == 2
 
 
 ODD_PICTURES = {
@@ -371,8 +454,10 @@ def test_a_dead_data_worker_ends_the_run_with_the_cause(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--num-workers", 2, "--steps", 1000, "--out", tmp_path / "run"]
     process = start(script, *flags)
     output = finish(process)
-    assert process.returncode == 1 and "a data worker ended" in output
-    assert "Traceback" not in output and time.monotonic() - began < 200  # no hang
+    before, found, _ = output.partition("a data worker ended")
+    assert process.returncode == 1 and found
+    # Behind it the worker that is left may complain that its peer has gone.
+    assert "Traceback" not in before and time.monotonic() - began < 200  # no hang
 
 
 def test_workers_change_nothing(tiny, tmp_path):

@@ -181,6 +181,12 @@ def test_draws_repeat_differ_between_steps_and_rows_are_slices(tiny):
     assert not torch.equal(draws.mask[0], draws.mask[1])
 
 
+def test_label_drop_is_the_share_of_dropped_labels(tiny):
+    config = replace(tiny, batch_size=4000, label_drop=0.25)
+    dropped = train.draw_randomness(config, 0, torch.device("cpu")).drop_label
+    assert abs(dropped.float().mean() - 0.25) < 0.03
+
+
 def test_ramps_and_learning_rate():
     assert [train.ramp(s, 4) for s in (0, 2, 4, 9)] == [0, 0.5, 1, 1] and train.ramp(0, 0) == 1
     config = train.Config(lr=1.0, lr_warmup=2, lr_decay=0.5, steps=8)
@@ -195,6 +201,16 @@ def test_mask_ratio_grows_over_its_warmup(tiny):
         train.draw_randomness(config, s, torch.device("cpu")).mask.sum().item() for s in (0, 5, 10)
     ]
     assert hidden == [0, 8 * 4, 8 * 8]
+
+
+def test_draws_of_pictures_are_past_the_warm_up_and_belong_to_the_picture(tiny):
+    config = replace(tiny, mask_ratio=(0.5, 0.5), mask_warmup=10)
+    draws = train.draws_of_pictures(config, [3, 5], 0, torch.device("cpu"))
+    assert draws.mask.sum(dim=1).tolist() == [8, 8]
+    for a, b in zip(
+        train.draws_of_pictures(config, [5], 0, torch.device("cpu")), draws.rows(1, 2), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------- Model
@@ -223,6 +239,9 @@ def test_forward_is_the_sum_of_the_named_terms(tiny):
     torch.testing.assert_close(logs["nll_square"] + logs["nll_logdet"], nll)
     assert logs["block_mean_square"].shape == (2,)
     torch.testing.assert_close(logs["block_mean_square"][-1], 2 * logs["nll_square"])
+    mu = model.encoder(images.double(), draws.mask)
+    spread = (mu - mu.mean(dim=0)).square().mean(dim=0).sqrt().mean()
+    torch.testing.assert_close(logs["mu_std"], spread)
 
 
 def test_every_parameter_gets_a_gradient_and_is_in_one_optimizer_group(tiny, monkeypatch):
@@ -308,6 +327,22 @@ def test_paper_scale_parameters_are_the_papers(capsys):
     assert abs(counts["flow"] / 474.8e6 - 1) < 0.005  # what the text of Sec. 4.1.2 gives
 
 
+def test_epochs_become_steps_and_a_grid_shows_eight_of_many_classes(tiny):
+    config = replace(tiny, steps=None, epochs=1.5)
+    assert train.resolve(config, train.ShapesDataset(16)).steps == 1.5 * 50_000 / 8
+    assert train.shown_classes(16) == list(range(16)) and train.shown_classes(0) == [-1]
+    assert train.shown_classes(1000) == [0, 143, 285, 428, 571, 714, 856, 999]
+
+
+def test_the_newest_model_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, when in (("a", 30), ("b", 50), ("c", 40)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "model.pt").write_bytes(b"")
+        os.utime(tmp_path / "runs" / name / "model.pt", (when, when))
+    assert str(train.find_checkpoint(None)) == os.path.join("runs", "b", "model.pt")
+
+
 # -------------------------------------------------------------------------------------- Whole runs
 
 
@@ -329,7 +364,73 @@ def test_a_run_writes_what_it_promises(tiny, capsys):
     assert not model.training and model.config.latent_dim == 4
     ema = torch.load(run / "last.pt", weights_only=True)["ema"]
     assert_same(dict(model.state_dict()), dict(ema))
+    assert_same(dict(train.load_checkpoint(run / "last.pt").state_dict()), dict(ema))
     assert "done" in capsys.readouterr().out
+
+
+def test_a_run_is_the_plain_loop_written_out(tiny, tmp_path):
+    for name in ("cat", "dog"):
+        write_pictures(tmp_path / "data" / name, 5)
+    config = replace(tiny, data=str(tmp_path / "data"), num_classes=2, seed=3, steps=4, log_every=1)
+    train.main(config)  # nll_warmup 4, lr_warmup 2, lr_decay 0.5
+
+    torch.manual_seed(3)
+    model = train.MIMFlow(config)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    training = train.JointTraining(model, train.FrozenNetworks(None, {}))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    dataset = train.FolderDataset(config.data, 16, "train", 3)
+    batches, lines = train.StepSampler(10, 8, range(8), 0, 4, 3), read_log(config.run_dir)
+    lr_and_nll = ((0.001, 0), (0.002, 0.0025), (0.002, 0.005), (0.001, 0.0075))
+    for step, (batch, (lr, weight)) in enumerate(zip(batches, lr_and_nll, strict=True)):
+        images, labels = zip(*(dataset[key] for key in batch), strict=True)
+        draws = train.draw_randomness(config, step, torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        loss, logs, _ = training(torch.stack(images), torch.tensor(labels), draws, weight)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            average[name] += (1 - (1 + step) / (10 + step)) * (value - average[name])
+        expected = {"lr": lr, "loss": loss.item(), "grad_norm": norm.item()}
+        assert {k: lines[step][k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    saved = torch.load(config.run_dir / "last.pt", weights_only=True)
+    for part, found in ((model.state_dict(), saved["model"]), (average, saved["ema"])):
+        for name, value in part.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_grids_are_of_the_moving_average_guided_a_row_a_class(tiny, monkeypatch):
+    drawn = {}
+
+    def keep(images, columns, path):
+        drawn[path.name] = (images, columns)
+
+    monkeypatch.setattr(train, "save_png", keep)
+    config = replace(tiny, lr=0.05, steps=5, sample_every=3, guidance=3.0)
+    train.main(config)
+    assert list(drawn) == ["step_0000003.png", "step_0000005.png"]  # the last step, too
+    model = train.load_checkpoint(config.run_dir / "model.pt")
+    noise, labels = train.sample_noise(0, range(80), 4, 4), torch.arange(80) // 8
+    images, columns = drawn["step_0000005.png"]
+    expected = model.sample(noise, labels, 3.0)
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+    assert columns == 8 and (expected - model.sample(noise, labels)).abs().max() > 1e-4
+
+
+def test_the_log_has_the_last_step_and_the_mean_time_of_a_step(tiny, monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 1.0  # a second between two looks at the clock
+            return self.now
+
+    monkeypatch.setattr(train, "time", Clock())
+    train.main(replace(tiny, steps=5))
+    times = [(line["step"], line["ms_per_step"]) for line in read_log(tiny.run_dir)]
+    assert times == [(2, 500), (4, 500), (5, 1000)]
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tiny, tmp_path):
@@ -401,6 +502,7 @@ def test_two_processes_equal_one_and_may_take_over(tiny_flags, tmp_path):
         if processes == 2:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         flags = [*tiny_flags, "--drop-path", "0.2", "--lr-decay", "0", "--steps", str(steps)]
+        flags += ["--grad-accum", str(processes)]
         command = [*launcher, str(script), *flags, "--out", str(tmp_path / out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
@@ -414,6 +516,20 @@ def test_two_processes_equal_one_and_may_take_over(tiny_flags, tmp_path):
         assert max((one[weights][k] - two[weights][k]).abs().max() for k in one[weights]) < 1e-9
     for a, b in zip(read_log(tmp_path / "one")[:2], read_log(tmp_path / "two")[:2], strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-9 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-9
+
+
+def test_a_process_that_would_start_elsewhere_is_noticed(tiny, monkeypatch, capsys):
+    """As if another process had found step 3, in a run folder that is not shared."""
+
+    def all_reduce(tensor, op):
+        tensor.copy_(tensor.maximum(torch.tensor([3, -3])))
+
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+    with pytest.raises(SystemExit):
+        train.main(tiny)
+    assert "rank 0 would start at step 0, others not" in capsys.readouterr().err
+    assert [path.name for path in tiny.run_dir.iterdir()] == [".lock"]
 
 
 def test_a_non_finite_gradient_is_skipped_counted_and_named(tiny, monkeypatch, capsys):
@@ -446,6 +562,19 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tiny, monke
     assert "10 non-finite gradients in a row at step 15" in capsys.readouterr().err
     kept = torch.load(tiny.run_dir / "last.pt", weights_only=True)
     assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_many_skipped_steps_not_in_a_row_stop_nothing_and_are_counted_on(tiny, monkeypatch):
+    real, calls = train.pixel_loss, []
+
+    def poisoned(images, reconstructions):
+        calls.append(1)
+        return real(images, reconstructions) * (float("nan") if len(calls) % 2 else 1.0)
+
+    monkeypatch.setattr(train, "pixel_loss", poisoned)
+    for steps in (8, 32):  # the second time it goes on
+        train.main(replace(tiny, steps=steps))
+        assert read_log(tiny.run_dir)[-1]["skipped"] == steps // 2
 
 
 def test_a_run_that_ends_on_a_skipped_step_is_saved_all_the_same(tiny, monkeypatch):
@@ -490,16 +619,22 @@ def test_a_different_configuration_is_refused_and_nothing_is_overwritten(tiny, c
     train.main(tiny)
     before = {p: p.read_bytes() for p in tiny.run_dir.iterdir() if p.is_file()}
     with pytest.raises(SystemExit) as stopped:
-        train.main(replace(tiny, width=32, sigma=0.5))
+        train.main(replace(tiny, width=32, sigma=0.5, seed=1))
     message = capsys.readouterr().err
+    assert "--seed 0 there, 1 now" in message
     assert (
         stopped.value.code == 2 and "--width 16 there, 32 now" in message and "--sigma" in message
     )
-    train.main(tiny)
-    assert "is finished (8 steps)" in capsys.readouterr().out
+    for steps in (8, 6):
+        train.main(replace(tiny, steps=steps))
+        assert "is finished (8 steps)" in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in tiny.run_dir.iterdir() if p.is_file()}
+    for name in ("step_0000099.png", "mine.png"):
+        (tiny.run_dir / "samples" / name).write_bytes(b"")
     train.main(replace(tiny, sigma=0.5), overwrite=True)
     assert train.load_checkpoint(tiny.run_dir / "model.pt").config.sigma == 0.5
+    samples = {path.name for path in (tiny.run_dir / "samples").iterdir()}
+    assert samples == {"step_0000008.png", "mine.png"}  # nothing of the earlier run is left
 
 
 def test_the_baseline_trains_only_the_flow_on_a_frozen_autoencoder(tiny, tmp_path, capsys):
@@ -533,6 +668,17 @@ def test_training_on_a_folder(tiny, tmp_path, layout):
     model = train.load_checkpoint(tiny.run_dir / "model.pt")
     assert model.config.num_classes == (3 if layout == "classes" else 0)
     assert model.class_names == (() if layout == "flat" else ("cat", "dog", "owl"))
+
+
+def test_a_run_does_not_go_on_with_other_classes(tiny, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        write_pictures(tmp_path / "data" / name, 3)
+    config = replace(tiny, data=str(tmp_path / "data"), num_classes=2)
+    train.main(replace(config, steps=2))
+    (tmp_path / "data" / "dog").rename(tmp_path / "data" / "cow")
+    with pytest.raises(SystemExit):
+        train.main(config)
+    assert "was trained on other classes" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------- Teachers, perceptual loss, phase 2
@@ -646,6 +792,57 @@ def test_phase_two_moves_the_decoder_only_and_resumes_to_the_bit(phase_two, tmp_
         assert_same(whole[key], parts[key])
 
 
+@pytest.mark.parametrize("clip", [1e9, 0.1])
+def test_phase_two_is_the_plain_step_written_out(phase_two, clip):
+    """One step in two parts; Adam's first moment is then a tenth of the gradient."""
+    config = replace(phase_two, grad_accum=2, steps=1, grad_clip=clip)
+    train.main(config)
+    torch.manual_seed(config.seed)
+    train.MIMFlow(config)  # takes its random numbers before the discriminator does
+    judge, model = train.PatchDiscriminator(), train.load_checkpoint(config.init)
+    batch = next(iter(train.StepSampler(50_000, 8, range(8), 0, 1, config.seed)))
+    images = torch.stack([train.ShapesDataset(24)[key][0] for key in batch])
+    draws = train.draw_randomness(config, 0, CPU)
+    z = model.encoder(images, draws.mask) + config.sigma * draws.noise
+    painted = model.decoder(z, draws.branch_scales).detach()
+    logs = {"mse": (painted - images).square().mean().item(), "gan": 0.0, "discriminator": 0.0}
+    logs |= {"logit_real": 0.0, "logit_fake": 0.0}
+    for half in (slice(0, 4), slice(4, 8)):  # BatchNorm sees each half by itself
+        real, fake = judge(images[half]), judge(painted[half])
+        loss = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())  # hinge
+        (loss / 2).backward()
+        for name, value in zip(
+            list(logs)[1:], (-fake.mean(), loss, real.mean(), fake.mean()), strict=True
+        ):
+            logs[name] += value.item() / 2
+    found = read_log(config.run_dir)[-1]
+    assert {name: found[name] for name in logs} == pytest.approx(logs, rel=1e-4, abs=1e-5)
+    assert torch.nn.utils.clip_grad_norm_(judge.parameters(), clip) > 0.1
+    saved = torch.load(config.run_dir / "last.pt", weights_only=True)["discriminator_optimizer"]
+    assert saved["param_groups"][0]["lr"] == 0.5e-3  # half way through the warm-up
+    expected = torch.cat([0.1 * parameter.grad.ravel() for parameter in judge.parameters()])
+    moments = torch.cat([value["exp_avg"].ravel() for value in saved["state"].values()])
+    assert (moments - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_if_one_player_has_no_finite_gradient_neither_moves(phase_two, monkeypatch):
+    real, calls = train.discriminator_loss, []
+
+    def poisoned(*logits):
+        calls.append(1)
+        return real(*logits) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train, "discriminator_loss", poisoned)
+    train.main(replace(phase_two, steps=2, save_every=1))
+    before, after = (
+        torch.load(phase_two.run_dir / name, weights_only=True)
+        for name in ("previous.pt", "last.pt")
+    )
+    assert (before["step"], after["step"], after["skipped"]) == (1, 2, 1)
+    for key in ("model", "discriminator"):
+        assert_same(before[key], after[key])
+
+
 def test_phase_two_without_a_discriminator(phase_two):
     train.main(replace(phase_two, gan_weight=0.0, steps=2))
     saved = torch.load(phase_two.run_dir / "last.pt", weights_only=True)
@@ -658,7 +855,11 @@ def test_phase_two_refuses_another_model_and_names_the_flags(phase_two, capsys):
         "--flow-width 16": dict(flow_width=32),
         "--sigma 0.3": dict(sigma=0.5),
         "--mask-ratio 0.4 0.6": dict(mask_ratio=(0.0, 0.0)),
+        "--heads 2": dict(heads=4),
+        "--gated True": dict(gated=False),
+        "--scale exp": dict(scale="softplus"),
         "choose one": dict(freeze_autoencoder=True),
+        "the discriminator needs 24 pixels": dict(image_size=16),
     }
     for message, change in wrong.items():
         with pytest.raises(SystemExit) as stopped:
@@ -673,6 +874,8 @@ def test_phase_decides_folder_and_length():
     )
     assert (str(config.run_dir), config.epochs) == ("runs/mimflow-l-decoder", 2)
     assert config.teachers == ("dino", "clip") and config.perceptual_weight == 1.1  # Tab. 7
+    config, _ = train.parse_arguments(["--preset", "starflow-l", "--phase", "decoder"])
+    assert config.epochs == 2
     config, _ = train.parse_arguments(["--phase", "decoder", "--steps", "7", "--teachers"])
     assert config.steps == 7 and config.mask_warmup == 0 and config.teachers == ()
 
@@ -758,13 +961,14 @@ def test_a_checkpoint_is_never_code(tmp_path, capsys):
 
 BAD_FLAGS = {
     "unknown preset": (["--preset", "huge"], "unknown preset huge"),
-    "data missing": (["--data", "/nowhere"], "/nowhere does not exist"),
+    "data missing": (["--data", "/nowhere"], "no data folder /nowhere"),
     "patch": (["--image-size", "30"], "not divisible by patch size 4"),
     "batch": (["--grad-accum", "3"], "--batch-size 8 is not divisible"),
     "classes": (["--num-classes", "7"], "have 10: use 10"),
     "mask": (["--mask-ratio", "0.6", "0.4"], "--mask-ratio"),
     "abbreviation": (["--learning", "1"], "unrecognized arguments"),
     "heads": (["--heads", "3"], "--heads"),
+    "lpips": (["--perceptual-weight", "1", "--image-size", "8"], "LPIPS needs pictures of 16"),
     "seed": (["--seed", "-1"], "--seed must not be negative"),
     "drop path": (["--drop-path", "1"], "--drop-path must be below 1"),
     "not finite": (["--sigma", "nan"], "--sigma must be a finite number"),
