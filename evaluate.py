@@ -1542,7 +1542,7 @@ def ways_to_sample(model: MIMFlow, flags: argparse.Namespace) -> Iterable[tuple[
     yield "jacobi", "jacobi"
     faster = []
     if flags.compile:
-        sample.compile_layers(model.flow)
+        sample.compile_layers(model)
         faster.append("--compile")
         yield " ".join(faster), "sequential"
     if flags.device.type == "cuda":

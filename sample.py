@@ -41,7 +41,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from flow import NormalizingFlow
 from train import (
     MIMFlow,
     Parser,
@@ -116,14 +115,14 @@ def in_bfloat16(options: argparse.Namespace, device: torch.device) -> bool:
     return uses_bf16(device) and options.sampler == "sequential"
 
 
-def compile_layers(flow: NormalizingFlow) -> None:
-    """Compile what each layer does to a token by itself; attention over the cache stays as it is.
+def compile_layers(model: MIMFlow) -> None:
+    """Compile what each layer of the flow does to a token by itself; attention stays as it is.
 
     Those two pieces see the same shapes at every token, so each is compiled once for all layers and
     tokens of a batch size (guidance doubles it in the deep block). With the cache in them, every
     length would be another program.
     """
-    for block in flow.blocks:
+    for block in model.flow.blocks:
         for layer in block.layers:
             layer.before = torch.compile(layer.before)
             layer.after = torch.compile(layer.after)
@@ -449,7 +448,7 @@ def main(options: argparse.Namespace) -> None:
     # Draw in batches over all processes, then one process puts them together.
     start_processes(device)
     if options.compile:
-        compile_layers(model.flow)
+        compile_layers(model)
     if options.cuda_graph:
         model.flow.inverse = RecordedInverse(model.flow.inverse)  # MIMFlow.sample calls it
     if options.sampler == "auto":

@@ -327,7 +327,7 @@ def test_compiled_layers_find_the_same_latents_without_a_program_a_token(flow, s
     torch._dynamo.reset()
     u, labels = noise_and_labels(3, 0)
     plain = flow.inverse(u, labels, 1.5, sampler=sampler)
-    sample.compile_layers(flow)
+    sample.compile_layers(argparse.Namespace(flow=flow))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = flow.inverse(u, labels, 1.5, sampler=sampler)
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
