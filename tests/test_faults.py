@@ -464,3 +464,12 @@ def test_workers_change_nothing(tiny, tmp_path):
     train.main(tiny)
     train.main(replace(tiny, num_workers=2, out=str(tmp_path / "workers")))
     assert_same_run(tiny.run_dir, tmp_path / "workers")
+
+
+def test_one_broken_picture_is_allowed_in_the_smallest_folder(tmp_path, capsys):
+    many_pictures(tmp_path, 5)
+    broken = train.BrokenImages(train.FolderDataset(str(tmp_path), 16))
+    broken.check(1)
+    with pytest.raises(SystemExit):
+        broken.check(2)
+    assert "2 of 5 pictures cannot be read" in capsys.readouterr().err

@@ -459,3 +459,9 @@ def test_bfloat16_weights_are_cast_once_a_batch(phase, tiny, tmp_path):
     with Casts():
         sample.draw(model, range(3), [0], options)
     assert len(casts) == len(set(casts)) > 20
+
+
+def test_fewer_pictures_than_classes_make_no_empty_rows(checkpoint, tmp_path, capsys):
+    run(checkpoint, "--num", "3", "--out", tmp_path / "g.png")
+    assert Image.open(tmp_path / "g.png").size == (98 + 2, 3 * 98 + 2)
+    assert "rows: circle, square, triangle\n" in capsys.readouterr().out

@@ -438,3 +438,15 @@ def test_diverged_checkpoint_is_one_clear_line(tmp_path, capsys):
         run(tmp_path / "model.pt", "--images", 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "not finite" in line
+
+
+def test_float32_is_asked_for_no_more_than_it_can_give(tmp_path):
+    save_checkpoint(tmp_path / "model.pt")
+    found = []
+    for dtype in ("float32", "float64"):
+        run(tmp_path / "model.pt", "--images", 3, "--dtype", dtype)
+        report = json.loads((tmp_path / "spectral.json").read_text())
+        found.append(report["checkpoints"][0])
+    assert [result["not_converged"] for result in found] == [[], []]
+    one, two = (result["images"]["sigma_max"] for result in found)
+    assert np.allclose(one, two, rtol=1e-3)
