@@ -79,19 +79,25 @@ def test_one_and_two_processes_write_the_same_set(checkpoint, tmp_path, run_scri
     assert not list(tmp_path.glob("*.parts"))
 
 
-def test_an_interrupted_set_is_continued_and_another_one_is_not_mixed_in(
-    checkpoint, tmp_path, monkeypatch
-):
-    flags = ("--num", "25", "--batch-size", "10", "--npz", tmp_path / "s.npz")
+def interrupt_draw(monkeypatch, at: int) -> list:
+    """Ctrl-C when the list that comes back, which grows with every batch, gets its item `at`."""
     real, calls = sample.draw, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == at:
             raise KeyboardInterrupt
         return real(*arguments)
 
     monkeypatch.setattr(sample, "draw", interrupted)
+    return calls
+
+
+def test_an_interrupted_set_is_continued_and_another_one_is_not_mixed_in(
+    checkpoint, tmp_path, monkeypatch
+):
+    flags = ("--num", "25", "--batch-size", "10", "--npz", tmp_path / "s.npz")
+    calls = interrupt_draw(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     run(checkpoint, *flags)
@@ -106,15 +112,7 @@ def test_an_interrupted_set_is_continued_and_another_one_is_not_mixed_in(
 
 def test_batches_of_other_weights_are_not_mixed_in(checkpoint, tmp_path, monkeypatch):
     flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
-    real, calls = sample.draw, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(sample, "draw", interrupted)
+    calls = interrupt_draw(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     content = torch.load(checkpoint, weights_only=True)
@@ -282,15 +280,7 @@ def test_bfloat16_rounds_the_pictures_a_little(checkpoint, tmp_path):
 @pytest.mark.parametrize("change", [("--sampler", "jacobi"), ("--tolerance", "1e-3"), ("--bf16",)])
 def test_batches_of_another_sampler_are_not_mixed_in(change, checkpoint, tmp_path, monkeypatch):
     flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
-    real, calls = sample.draw, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(sample, "draw", interrupted)
+    calls = interrupt_draw(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     run(checkpoint, *flags, *change)
