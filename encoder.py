@@ -106,9 +106,9 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd) by `angle` (heads, T, hd/2)."""
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)  # float32 would make all float32
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(x)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ One autoregressive block, on the tokens x_0 ... x_{K-1} in the block's own order
                 -> shift by one token: mu_i, alpha_i depend on x_0 ... x_{i-1} only
     u_i = (x_i - mu_i) * exp(-alpha_i),     log abs det = -sum_i alpha_i,     u_0 = x_0
 
-Here mu and sigma = exp(alpha) are those of one token, given the tokens before it. The mu and sigma
-of Eq. 1, the encoder's mean and the noise on it, are others, and do not occur in this file.
+mu_i and alpha_i are the mean and the log of the scale of one token, given the tokens before it. The
+mu and sigma of Eq. 1, the encoder's mean and the noise on it, do not occur in this file.
 
 Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)  # a fresh softplus flow is the identity
-TOKEN_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
+EMBED_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
 DEEP_WINDOW = 32  # tokens of the deep block that `jacobi` works on at a time; all, in the others
 FAR = 1e8  # no token of a working flow is this large; its square is still finite in float32
 
@@ -50,34 +50,29 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens that one block has seen while it is being inverted.
+    """Keys and values of the tokens that one block has read while it is being inverted.
 
-    An argument of the calls, never state of a module. `length` tokens are filled, the same in all
-    layers; lower it, and what comes next overwrites the later ones.
+    An argument of the calls, never state of a module. Whoever inverts sets `length`, the number of
+    tokens that count, the same in all layers; what comes next is written behind them.
     """
 
     def __init__(self, depth: int, num_tokens: int):
-        self.depth, self.num_tokens = depth, num_tokens
+        self.depth, self.num_tokens, self.length = depth, num_tokens, 0
         # (depth, 2, B, heads, num_tokens, hd), made at the first token in the type of its key
         self.buffer: Tensor | None = None
-        self.length = 0
 
     def append(self, layer: int, new: Tensor) -> Tensor:
         """Store the keys and values (2, B, heads, T, hd) of T more tokens; return those of all."""
         _, B, heads, T, hd = new.shape
         if self.buffer is None:
             self.buffer = new.new_empty(self.depth, 2, B, heads, self.num_tokens, hd)
-        filled = self.buffer[layer, :, :, :, : self.length + T]
+        filled = self.buffer[layer, :, :, :, : self.length + T]  # a view: nothing is copied
         filled[:, :, :, self.length :] = new
         return filled  # (2, B, heads, length + T, hd)
 
 
 class CausalGatedAttention(nn.Module):
-    """Self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated Attn.").
-
-    In three parts: what each token asks, offers and lets pass; the mixing, where alone tokens meet;
-    what each token takes away.
-    """
+    """Self-attention where token i sees tokens 0..i, gated elementwise (Tab. 1, "Gated Attn.")."""
 
     def __init__(self, width: int, head_dim: int, gated: bool):
         super().__init__()
@@ -88,26 +83,23 @@ class CausalGatedAttention(nn.Module):
         self.gate = nn.Linear(width, width) if gated else None
         self.proj = nn.Linear(width, width)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, C) -> queries, keys and values (3, B, heads, T, hd), and the gate (B, T, C)."""
-        B, T, _ = x.shape  # batch, tokens, width
-        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        return qkv, None if self.gate is None else torch.sigmoid(self.gate(x))
-
-    def mix(self, qkv: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        """(3, B, heads, T, hd) -> (B, heads, T, hd). With a cache: T tokens after those in it."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
+        B, T, hd = *x.shape[:2], self.head_dim  # batch, tokens, channels of a head
+        qkv = self.qkv(x).view(B, T, 3, -1, hd).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, hd)
         q, k, v = qkv  # (B, heads, T, hd) each
         if cache is not None:
             k, v = cache.append(layer, qkv[1:])  # (B, heads, S, hd) each
-        T, S, mask = q.shape[2], k.shape[2], None  # the last T of S tokens; a single one sees all
-        if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
 
-    def merge(self, out: Tensor, gate: Tensor | None) -> Tensor:
-        """(B, heads, T, hd) and the gate -> (B, T, C)."""
+        S, mask = k.shape[2], None
+        if 1 < T < S:  # the last T of S tokens ask; a single one sees all, and needs no mask
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
         out = out.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.proj(out if gate is None else out * gate)
+
+        if self.gate is not None:
+            out = out * torch.sigmoid(self.gate(x))
+        return self.proj(out)
 
 
 class Layer(nn.Module):
@@ -122,22 +114,10 @@ class Layer(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    # `before` and `after` treat each token alone: no cache, and sampling calls them with the same
-    # shapes for every token. That is what makes them easy to compile (sample.py --compile).
-
-    def before(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, C) -> queries, keys, values (3, B, heads, T, hd) and the gate (B, T, C)."""
-        return self.attention.split(self.norm1(x))
-
-    def after(self, x: Tensor, out: Tensor, gate: Tensor | None) -> Tensor:
-        """x (B, T, C), out (B, heads, T, hd) of the attention, and its gate -> (B, T, C)."""
-        x = x + self.attention.merge(out, gate)
-        return x + self.mlp(self.norm2(x))
-
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
-        qkv, gate = self.before(x)
-        return self.after(x, self.attention.mix(qkv, cache, layer), gate)
+        """x (B, T, C) -> (B, T, C), `cache` and `layer` as in the attention."""
+        x = x + self.attention(self.norm1(x), cache, layer)
+        return x + self.mlp(self.norm2(x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +129,10 @@ class Guidance(NamedTuple):
 
     w grows with the token, w_i = w * i/(K-1), when `annealed`. With rule "tarflow" (default) the
     conditional prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with
-    "starflow" two Gaussians are combined and s = min(sigma_c/sigma_null, 1)^2 keeps it one:
-        sigma = sigma_c / sqrt(1 + w - w s),    mu = ((1 + w) mu_c - w s mu_null) / (1 + w - w s)
+    "starflow" two Gaussians are combined, and s, the square of the ratio of their scales but at
+    most 1, keeps it one:
+        s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w - w s
+        alpha = alpha_c - log(t) / 2,               mu = ((1 + w) mu_c - w s mu_null) / t
     """
 
     weight: float = 0.0
@@ -158,73 +140,23 @@ class Guidance(NamedTuple):
     rule: str = "tarflow"
 
     def __call__(
-        self,
-        mu_c: Tensor,
-        alpha_c: Tensor,
-        mu_null: Tensor,
-        alpha_null: Tensor,
-        progress: Tensor | float,
+        self, mu_c: Tensor, alpha_c: Tensor, mu_null: Tensor, alpha_null: Tensor, progress: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Guided (mu, alpha), alpha = log sigma, from those of the class (c) and the null class,
-        (B, T, d) each. `progress` (T, 1) = i/(K-1) of the tokens in the block's order."""
+        """Guided (mu, alpha) from those of the class (c) and the null class, (B, T, d) each.
+        `progress` (T, 1) = i/(K-1) of the tokens in the block's order."""
         w = self.weight * (progress if self.annealed else 1.0)
         if self.rule == "tarflow":
             return mu_c + w * (mu_c - mu_null), alpha_c + w * (alpha_c - alpha_null)
         s = (2 * (alpha_c - alpha_null)).clamp(max=0).exp()
-        total = 1 + w - w * s
-        return ((1 + w) * mu_c - w * s * mu_null) / total, alpha_c - 0.5 * total.log()
+        t = 1 + w - w * s
+        return ((1 + w) * mu_c - w * s * mu_null) / t, alpha_c - 0.5 * t.log()
 
 
 NO_GUIDANCE = Guidance()
 
 
 # --------------------------------------------------------------------------------------------------
-# Two ways to solve x_i = u_i * exp(alpha_i) + mu_i, where mu_i, alpha_i depend on x_0 .. x_{i-1}
-
-Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_{i-1}, i) -> mu_i, alpha_i
-Watch = Callable[[int], None]  # told, after each call of Predict, how many tokens it has solved
-
-
-def sequential(u: Tensor, predict: Predict, watch: Watch) -> Tensor:
-    """Token by token, in K - 1 calls of `predict`: u (B, K, d) -> x (B, K, d)."""
-    tokens = [u[:, :1]]  # the first token passes unchanged
-    for i in range(1, u.shape[1]):
-        mu, alpha = predict(tokens[-1], i)  # (B, 1, d) each
-        tokens.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
-        watch(1)
-    return torch.cat(tokens, dim=1)
-
-
-def jacobi(u: Tensor, predict: Predict, watch: Watch, tolerance: float, window: int) -> Tensor:
-    """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
-
-    A sweep puts a guess of x into the right-hand side for all tokens of a window. A token is
-    solved when no token before it has just changed by more than `tolerance`, in any picture of the
-    batch; the window then begins after it (Gauss-Seidel). That is one token a sweep at least, so
-    K - 1 sweeps always suffice. Tolerance 0 is exact, but rounding alone can keep numbers changing;
-    otherwise errors of about `tolerance` enter, and mostly far fewer sweeps are needed. That paper:
-    fixed segments; here: a window that moves on with what is solved, because it needs no bound on
-    the sweeps and repeats no solved token.
-    """
-    x, K, first = u.clone(), u.shape[1], 1  # token 0 passes unchanged; for the others u is a guess
-    while first < K:
-        last = min(first + window, K)
-        # A wrong guess may overflow. It must not make the tokens before it NaN: attention
-        # multiplies what it hides by zero, and 0 * inf is NaN.
-        guess = x[:, first - 1 : last - 1].nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
-        mu, alpha = predict(guess, first)  # (B, T, d) each
-        better = u[:, first:last] * torch.exp(alpha) + mu
-        settled = (better - x[:, first:last]).abs().amax(dim=(0, 2)) <= tolerance  # (T,)
-        x[:, first:last] = better
-        # All settled ones from the first on, and the next, whose inputs these are.
-        solved = min(1 + int(settled.cumprod(0).sum()), last - first)  # waits for the device
-        watch(solved)
-        first += solved
-    return x
-
-
-# --------------------------------------------------------------------------------------------------
-# The flow
+# One block
 
 
 class AutoregressiveBlock(nn.Module):
@@ -232,6 +164,7 @@ class AutoregressiveBlock(nn.Module):
 
     def __init__(
         self,
+        number: int,
         num_latents: int,
         latent_dim: int,
         width: int,
@@ -240,15 +173,15 @@ class AutoregressiveBlock(nn.Module):
         num_classes: int,
         gated: bool,
         scale: str,
-        backward: bool,
     ):
         super().__init__()
+        self.number = number  # counted from 0
+        self.backward = number % 2 == 1  # this block reads the tokens last to first
         self.scale = scale
-        self.backward = backward  # this block reads the tokens last to first
         self.proj_in = nn.Linear(latent_dim, width)
         # Row k belongs to token k, wherever the order of the block puts it.
-        self.position = nn.Parameter(TOKEN_STD * torch.randn(num_latents, width))
-        classes = TOKEN_STD * torch.randn(num_classes, width)
+        self.position = nn.Parameter(EMBED_STD * torch.randn(num_latents, width))
+        classes = EMBED_STD * torch.randn(num_classes, width)
         self.class_embed = nn.Parameter(classes) if num_classes else None
         self.layers = nn.ModuleList(Layer(width, head_dim, gated) for _ in range(depth))
         self.proj_out = nn.Linear(width, 2 * latent_dim)
@@ -264,10 +197,8 @@ class AutoregressiveBlock(nn.Module):
         embeddings, as in TARFlow: labels dropped in training reach it, and through it all."""
         if self.class_embed is None:
             return 0.0
-        null = self.class_embed.mean(dim=0)
-        return torch.where(labels[:, None] >= 0, self.class_embed[labels.clamp(min=0)], null)[
-            :, None
-        ]
+        null, rows = self.class_embed.mean(dim=0), self.class_embed[labels.clamp(min=0)]
+        return torch.where(labels[:, None] >= 0, rows, null)[:, None]
 
     def predict(
         self,
@@ -280,8 +211,6 @@ class AutoregressiveBlock(nn.Module):
         h = self.proj_in(x.type_as(self.proj_in.weight)) + position + condition  # (B, T, C)
         for i, layer in enumerate(self.layers):
             h = layer(h, cache, i)
-        if cache is not None:
-            cache.length += x.shape[1]
         mu, alpha = at_least_float32(self.proj_out(h)).chunk(2, dim=-1)
         if self.scale == "softplus":  # STARFlow's scale; alpha stays its logarithm
             alpha = F.softplus(alpha + INVERSE_SOFTPLUS_OF_1).log()
@@ -302,33 +231,99 @@ class AutoregressiveBlock(nn.Module):
         u: Tensor,
         labels: Tensor,
         guidance: Guidance = NO_GUIDANCE,
-        solve: Callable[[Tensor, Predict, Watch], Tensor] = sequential,
-        watch: Watch = lambda solved: None,
+        window: int | None = None,
+        tolerance: float = 1e-5,
+        watch: Callable[[int, int], None] = lambda block, solved: None,
     ) -> Tensor:
-        """The x (B, K, d) that forward maps to u, or its guided version, found by `solve`."""
-        guided = guidance.weight != 0 and self.class_embed is not None
+        """The x (B, K, d) that forward maps to u, or its guided version: token by token, or, with a
+        `window` (and `tolerance`), by `jacobi`."""
         u = self.order(at_least_float32(u))
-        K = u.shape[1]  # tokens
-        if guided:  # conditional and unconditional halves share one batch
+        predict = Predictor(self, u, labels, guidance)
+        if window is not None:
+            x = jacobi(u, predict, window, tolerance, functools.partial(watch, self.number))
+            return self.order(x)
+        # Nothing in this loop waits for the device: sample.py records it as a CUDA graph.
+        x = [u[:, :1]]  # the first token passes unchanged
+        for i in range(1, u.shape[1]):
+            mu, alpha = predict(x[-1], i - 1)  # of token i, (B, 1, d) each
+            x.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
+            watch(self.number, 1)
+        return self.order(torch.cat(x, dim=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the inverse of a block needs
+
+
+class Predictor:
+    """mu and alpha of a block's next tokens, guided, while the block is being inverted.
+
+    It keeps what is the same for all tokens, and the cache, which knows the tokens so far.
+    """
+
+    def __init__(self, block: AutoregressiveBlock, u: Tensor, labels: Tensor, guidance: Guidance):
+        self.block, self.guidance, K = block, guidance, u.shape[1]
+        self.guided = guidance.weight != 0 and block.class_embed is not None
+        if self.guided:  # conditional and unconditional halves share one batch
             labels = torch.cat((labels, torch.full_like(labels, -1)))
-        condition, position = self.condition(labels), self.order(self.position)
+        self.condition, self.position = block.condition(labels), block.order(block.position)
         tokens = torch.arange(K, dtype=u.dtype, device=u.device)
-        progress = tokens[:, None] / max(K - 1, 1)  # (K, 1)
-        cache = KeyValueCache(len(self.layers), K)
+        self.progress = tokens[:, None] / max(K - 1, 1)  # (K, 1)
+        self.cache = KeyValueCache(len(block.layers), K)
 
-        def predict_from(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-            """mu and alpha of the tokens first .. first + T - 1; x (B, T, d) holds the tokens
-            first - 1 .. first + T - 2. What an earlier sweep put into the cache from there on came
-            from guesses, and is overwritten."""
-            cache.length, last = first - 1, first + x.shape[1]
-            before = position[first - 1 : last - 1]  # (T, C)
-            if not guided:
-                return self.predict(x, before, condition, cache)
-            mu, alpha = self.predict(x.repeat(2, 1, 1), before, condition, cache)  # (2B, T, d)
-            (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
-            return guidance(mu, alpha, mu_null, alpha_null, progress[first:last])
+    def __call__(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """x (B, T, d), the tokens start .. start+T-1 -> mu and alpha, (B, T, d) each, of the tokens
+        one later, start+1 .. start+T. The tokens before `start` have been read by earlier calls."""
+        # What those calls have read from `start` on were guesses of jacobi, and is overwritten.
+        self.cache.length, end = start, start + x.shape[1]
+        position = self.position[start:end]  # (T, C)
+        if not self.guided:
+            return self.block.predict(x, position, self.condition, self.cache)
+        both = x.repeat(2, 1, 1)  # (2B, T, d)
+        mu, alpha = self.block.predict(both, position, self.condition, self.cache)
+        (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
+        return self.guidance(mu, alpha, mu_null, alpha_null, self.progress[start + 1 : end + 1])
 
-        return self.order(solve(u, predict_from, watch))
+
+def jacobi(
+    u: Tensor,
+    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],  # a Predictor
+    window: int,
+    tolerance: float,
+    watch: Callable[[int], None],
+) -> Tensor:
+    """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
+
+    A sweep puts a guess of x into the right-hand side of x_i = u_i * exp(alpha_i) + mu_i for all
+    tokens of a window. A token is solved when no token before it has just changed by more than
+    `tolerance`, in any picture of the batch; the window then begins after it (Gauss-Seidel). That
+    is one token a sweep at least, so K - 1 sweeps always suffice; `watch` is told each sweep's.
+    Tolerance 0 is exact, but rounding alone can keep numbers changing; otherwise errors of about
+    `tolerance` enter, and mostly far fewer sweeps are needed. That paper: fixed segments; here: a
+    window that moves on with what is solved, because it needs no bound on the sweeps and repeats no
+    solved token.
+    """
+    x = u.clone()  # token 0 passes unchanged; for the others u is a guess
+    before, after, u_after = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1
+    start, count = 0, u.shape[1] - 1
+    while start < count:
+        here = slice(start, min(start + window, count))
+        # A wrong guess may overflow. It must not make the tokens before it NaN: attention
+        # multiplies what it hides by zero, and 0 * inf is NaN.
+        guess = before[:, here].nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
+        mu, alpha = predict(guess, start)  # (B, T, d) each
+        better = u_after[:, here] * torch.exp(alpha) + mu
+        settled = (better - after[:, here]).abs().amax(dim=(0, 2)) <= tolerance  # (T,)
+        after[:, here] = better  # writes into x, and so into `before`
+        # All settled ones from the first on, and the next, whose inputs these are.
+        solved = min(1 + int(settled.cumprod(0).sum()), len(settled))  # waits for the device
+        watch(solved)
+        start += solved
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# The flow
 
 
 class NormalizingFlow(nn.Module):
@@ -351,15 +346,7 @@ class NormalizingFlow(nn.Module):
         self.num_latents, self.latent_dim, self.num_classes = num_latents, latent_dim, num_classes
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(
-                num_latents,
-                latent_dim,
-                width,
-                depth,
-                head_dim,
-                num_classes,
-                gated,
-                scale,
-                backward=i % 2 == 1,
+                i, num_latents, latent_dim, width, depth, head_dim, num_classes, gated, scale
             )
             for i, depth in enumerate(depths)
         )
@@ -411,22 +398,17 @@ class NormalizingFlow(nn.Module):
         `guidance` is the weight w of classifier-free guidance in the deep block, 0 = none (exact
         inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. `sampler` is
         "sequential", or "jacobi", which calls a token solved when none before it has changed by
-        more than `tolerance`.
-        `watch` is called with (block, tokens solved) after each pass through that block. u is left
-        unchanged.
+        more than `tolerance`. `watch` is called with (block, tokens solved) after each pass through
+        that block. u is left unchanged.
         """
         if rule not in ("tarflow", "starflow"):
             raise ValueError(f'rule must be "tarflow" or "starflow", got "{rule}"')
         if sampler not in ("sequential", "jacobi"):
             raise ValueError(f'sampler must be "sequential" or "jacobi", got "{sampler}"')
-        labels = self._labels(u, labels)
-        x, deep = u, len(self.blocks) - 1
-        for number in range(deep, -1, -1):
-            block_guidance = Guidance(guidance, annealed, rule) if number == deep else NO_GUIDANCE
-            solve = sequential
-            if sampler == "jacobi":
-                window = DEEP_WINDOW if number == deep else self.num_latents
-                solve = functools.partial(jacobi, tolerance=tolerance, window=window)
-            tell = functools.partial(watch, number)
-            x = self.blocks[number].inverse(x, labels, block_guidance, solve, tell)
+        x, labels, deep = u, self._labels(u, labels), self.blocks[-1]
+        for block in reversed(self.blocks):
+            block_guidance = Guidance(guidance, annealed, rule) if block is deep else NO_GUIDANCE
+            window = DEEP_WINDOW if block is deep else self.num_latents  # of jacobi only
+            window = None if sampler == "sequential" else window
+            x = block.inverse(x, labels, block_guidance, window, tolerance, watch)
         return x

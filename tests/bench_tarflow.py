@@ -218,30 +218,15 @@ def cost_report(arguments: str, training: bool) -> None:
     """What `evaluate.py cost` measures of training and sampling."""
     flags = evaluate.parse_arguments(["cost", *arguments.split()])
     flags.device = torch.device("cpu")
-    model = evaluate.model_to_time(flags)
-    print(f"\n`python evaluate.py cost {arguments}`".replace(f"{ROOT}/", ""))
+    flags.tokens = []
+    found = evaluate.time_all(evaluate.model_to_time(flags), flags)
+    print(f"\n`python evaluate.py cost {arguments}`\n".replace(f"{ROOT}/", ""))
     if training:
-        print()
-        step = evaluate.time_training(model.config, flags)
-        peak = step["matmul_peak_tera_multiply_adds_a_second"]
-        print(f"Peak of matrix products: {peak:.3g} tera multiply-adds a second.")
         for kind in ("eager", "compiled"):
-            took, share = step[kind]["ms_a_step"], step[kind]["share_of_matmul_peak"]
-            size = step["batch_size"]
-            print(f"Training step of {size} pictures, {kind}: {took:.0f} ms, {share:.0%} of it.")
-    rows = [
-        (
-            name,
-            row["s_an_image"],
-            row["floor"],
-            row["images_a_s"],
-            f"{row['of_peak']:.1%}",
-            row["passes"],
-        )
-        for name, row in evaluate.time_sampling(model, flags).items()
-    ]
-    table("sampling | s an image | floor | images/s | of peak | passes", rows)
-    print("\nfloor: s an image if only matrix products, or only memory, took time.")
+            size, took = found["training"]["batch_size"], found["training"][kind]["ms_a_step"]
+            print(f"Training step of {size} pictures, {kind}: {took:.0f} ms.")
+    rows = [(name, row["s_an_image"]) for name, row in found["sampling"].items()]
+    table("sampling | s an image", rows)
 
 
 def main() -> None:

@@ -21,18 +21,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, not by pytest
 import train  # noqa: E402
+from common.data import SHAPES, ShapesDataset, render_shape, to_tensor  # noqa: E402
+from common.runs import find_checkpoint  # noqa: E402
+from encoder import random_mask  # noqa: E402
 
 PICTURES_FOR_TRAINING, STEPS, BATCH = 20_000, 800, 64
 
 
 def recoloured(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Pictures (count, 3, size, size) in [-1, 1] with random hues, and their classes (count,)."""
-    labels = torch.arange(count) % len(train.SHAPES)
+    labels = torch.arange(count) % len(SHAPES)
     pictures = []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
-        pictures.append(train.draw_shape(int(labels[i]), rng, size, hue=rng.uniform()))
-    return torch.stack([train.to_tensor(picture) for picture in pictures]), labels
+        pictures.append(render_shape(int(labels[i]), rng, size, hue=rng.uniform()))
+    return torch.stack([to_tensor(picture) for picture in pictures]), labels
 
 
 def train_classifier(size: int) -> nn.Module:
@@ -71,7 +74,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.0, 2.0])
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    model = train.load_checkpoint(train.find_checkpoint(flags.checkpoint))
+    model = train.load_checkpoint(find_checkpoint(flags.checkpoint))
     c = model.config
 
     with torch.enable_grad():
@@ -81,7 +84,7 @@ def main() -> None:
     if held_out < 0.98:
         raise SystemExit("the classifier is below 98 %: its judgement means nothing")
 
-    labels = torch.arange(flags.num) % len(train.SHAPES)
+    labels = torch.arange(flags.num) % len(SHAPES)
     noise = train.sample_noise(flags.seed, range(flags.num), c.num_latents, c.latent_dim)
     for guidance in flags.guidance:
         parts = zip(noise.split(250), labels.split(250), strict=True)
@@ -91,10 +94,10 @@ def main() -> None:
             f"samples, guidance {guidance:g}, seed {flags.seed}, {flags.num} pictures: {found:.4f}"
         )
 
-    dataset = train.ShapesDataset(c.image_size, "val")
+    dataset = ShapesDataset(c.image_size, "val")
     images = torch.stack([dataset[i][0] for i in range(flags.num)])
     generator = torch.Generator().manual_seed(flags.seed)
-    mask = train.random_mask(flags.num, c.grid**2, c.mask_ratio, generator)
+    mask = random_mask(flags.num, c.grid**2, c.mask_ratio, generator)
     mu = model.encoder(images, mask)
     images_hat = model.decoder(mu + c.sigma * torch.randn(mu.shape, generator=generator))
     mse = (images_hat - images).square().mean()

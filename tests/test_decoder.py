@@ -6,18 +6,9 @@ from conftest import randomize
 from decoder import AuxiliaryDecoder, Decoder, drop_path_scales
 
 
-def small_decoder(**changes) -> Decoder:
-    sizes = dict(
-        image_size=12, patch_size=4, width=16, depth=3, heads=2, num_latents=5, latent_dim=6
-    )
-    return randomize(Decoder(**{**sizes, "drop_path": 0.5, **changes}))
-
-
-def test_latents_become_an_image():
-    decoder = small_decoder().eval()
-    z = torch.randn(2, 5, 6)
-    assert decoder(z).shape == (2, 3, 12, 12)
-    assert decoder.double()(z.double()).dtype == torch.float64
+def small_decoder() -> Decoder:
+    sizes = dict(image_size=12, patch_size=4, width=16, depth=3, heads=2)
+    return randomize(Decoder(**sizes, num_latents=5, latent_dim=6, drop_path=0.5))
 
 
 def test_unpatchify_puts_every_pixel_where_a_loop_puts_it():
@@ -35,40 +26,31 @@ def test_unpatchify_puts_every_pixel_where_a_loop_puts_it():
 def test_every_latent_token_and_its_position_matter():
     decoder = small_decoder().eval()
     z = torch.randn(1, 5, 6)
+    image = decoder(z)
+    assert image.shape == (1, 3, 12, 12)
     for k in range(5):
         changed = z.clone()
         changed[:, k] += 1
-        assert (decoder(changed) - decoder(z)).abs().max() > 1e-5
-    assert (decoder(z.flip(1)) - decoder(z)).abs().max() > 1e-5
+        assert (decoder(changed) - image).abs().max() > 1e-5
+    assert (decoder(z.flip(1)) - image).abs().max() > 1e-5
+    assert decoder.double()(z.double()).dtype == torch.float64
 
 
 def test_drop_path_is_off_in_eval_and_random_in_training():
-    decoder, z = small_decoder(), torch.randn(4, 5, 6)
-    nothing = torch.zeros(3, 2, 4)
-    decoder.eval()
-    assert torch.equal(decoder(z), decoder(z))
-    assert torch.equal(decoder(z, nothing), decoder(z))
-    decoder.train()
+    decoder, z, nothing = small_decoder(), torch.randn(4, 5, 6), torch.zeros(3, 2, 4)
     assert not torch.equal(decoder(z), decoder(z))
+    decoder.eval()
+    assert torch.equal(decoder(z), decoder(z)) and torch.equal(decoder(z, nothing), decoder(z))
 
 
-def test_dropping_all_branches_leaves_only_the_residual_stream():
-    decoder = small_decoder().train()
-    z, other = torch.randn(2, 2, 5, 6)
-    nothing = torch.zeros(3, 2, 2)  # patches then never see the latents
-    torch.testing.assert_close(decoder(z, nothing), decoder(other, nothing))
-    one = torch.ones(3, 2, 2)
-    trained = decoder(z, one)
-    torch.testing.assert_close(trained, decoder.eval()(z))
-
-
-def test_drop_path_acts_on_each_image_alone():
+def test_drop_path_acts_on_each_image_alone_and_leaves_the_residual_stream():
     decoder, z = small_decoder().train(), torch.randn(2, 5, 6)
-    scales = torch.ones(3, 2, 2)
-    scales[:, :, 1] = 0
-    mixed = decoder(z, scales)
-    torch.testing.assert_close(mixed[0], decoder(z, torch.ones(3, 2, 2))[0])
-    torch.testing.assert_close(mixed[1], decoder(z, torch.zeros(3, 2, 2))[1])
+    one, nothing = torch.ones(3, 2, 2), torch.zeros(3, 2, 2)
+    torch.testing.assert_close(decoder(z, nothing), decoder(-z, nothing))  # no patch sees a latent
+    mixed = decoder(z, torch.stack((one[..., 0], nothing[..., 1]), dim=-1))
+    torch.testing.assert_close(mixed[0], decoder(z, one)[0])
+    torch.testing.assert_close(mixed[1], decoder(z, nothing)[1])
+    torch.testing.assert_close(decoder(z, one), decoder.eval()(z))
 
 
 def test_drop_path_grows_with_depth_and_keeps_the_mean():
@@ -81,9 +63,8 @@ def test_drop_path_grows_with_depth_and_keeps_the_mean():
 
 
 def test_a_fresh_decoder_paints_grey():
-    fresh = Decoder(
-        image_size=8, patch_size=4, width=16, depth=1, heads=2, num_latents=2, latent_dim=3
-    )
+    sizes = dict(image_size=8, patch_size=4, width=16, depth=1, heads=2)
+    fresh = Decoder(**sizes, num_latents=2, latent_dim=3)
     assert (fresh(torch.randn(2, 2, 3)) == 0).all()
 
 

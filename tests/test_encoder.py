@@ -15,31 +15,19 @@ from encoder import (
 
 
 def small_encoder(**changes) -> MaskedEncoder:
-    sizes = dict(
-        image_size=16, patch_size=4, width=16, depth=2, heads=2, num_latents=3, latent_dim=5
-    )
-    return randomize(MaskedEncoder(**{**sizes, **changes}))
+    sizes = dict(image_size=16, patch_size=4, width=16, depth=2, heads=2)
+    return randomize(MaskedEncoder(**{**sizes, "num_latents": 3, "latent_dim": 5, **changes}))
 
 
-def test_mask_hides_the_drawn_share_of_every_image_exactly():
+def test_mask_hides_the_drawn_share_of_every_image_exactly_and_repeats():
     generator = torch.Generator().manual_seed(1)
-    assert (random_mask(50, 256, (0.5, 0.5), generator).sum(dim=1) == 128).all()
+    for ratio, hidden in ((0, 0), (0.5, 128), (1, 256)):
+        assert (random_mask(50, 256, (ratio, ratio), generator).sum(dim=1) == hidden).all()
     hidden = random_mask(2000, 100, (0.4, 0.6), generator).sum(dim=1)
     assert hidden.min() == 40 and hidden.max() == 60
     assert abs(hidden.double().mean() - 50) < 0.5  # uniform between: std 5.8 / sqrt(2000) = 0.13
-
-
-def test_mask_ratio_zero_hides_nothing_and_one_hides_all():
-    assert not random_mask(4, 64, (0, 0)).any()
-    assert random_mask(4, 64, (1, 1)).all()
-
-
-def test_mask_hides_every_patch_equally_often():
-    mask = random_mask(4000, 16, (0.5, 0.5), torch.Generator().manual_seed(0))
-    assert (mask.double().mean(dim=0) - 0.5).abs().max() < 0.04  # 5 sigma
-
-
-def test_mask_repeats_with_its_generator_and_refuses_a_bad_ratio():
+    mask = random_mask(4000, 16, (0.5, 0.5), generator)
+    assert (mask.double().mean(dim=0) - 0.5).abs().max() < 0.04  # every patch as often: 5 sigma
     first, second = (random_mask(3, 9, generator=torch.Generator().manual_seed(4)) for _ in "12")
     assert (first == second).all()
     with pytest.raises(ValueError, match="mask_ratio"):
@@ -65,17 +53,16 @@ def test_masking_replaces_the_patch_and_keeps_its_position():
     everything = torch.ones(1, 16, dtype=torch.bool)
     assert (encoder(images, one) - encoder(images, other)).abs().max() > 1e-4
     assert torch.equal(encoder(images, everything), encoder(-images, everything))
-    none = torch.zeros_like(one)
-    torch.testing.assert_close(encoder(images, none), encoder(images))
+    torch.testing.assert_close(encoder(images, torch.zeros_like(one)), encoder(images))
 
 
-def test_features_are_what_the_projection_reads():
-    encoder = small_encoder()
-    images = torch.randn(2, 3, 16, 16)
-    features = encoder.features(images)
+def test_features_are_what_the_projection_reads_and_float64_stays():
+    encoder = small_encoder().double()
+    images = torch.randn(2, 3, 16, 16).double()
+    features, mu = encoder.features(images), encoder(images)
     assert features.shape == (2, 3, 16)  # (B, K, C)
-    assert encoder(images).shape == (2, 3, 5)  # (B, K, d)
-    assert torch.equal(encoder.projection(features), encoder(images))
+    assert mu.shape == (2, 3, 5) and mu.dtype == torch.float64  # (B, K, d)
+    assert torch.equal(encoder.projection(features), mu) and torch.equal(encoder(images), mu)
 
 
 def test_the_outputs_kept_are_those_of_the_queries():
@@ -123,12 +110,6 @@ def test_start_positions_tell_all_patches_apart_at_amplitude_one():
     assert table.shape == (16, 32)
     assert table.abs().max() <= 1 and abs(table.square().mean().item() - 0.5) < 0.01
     assert torch.cdist(table, table).add(torch.eye(16)).min() > 0.5
-
-
-def test_float64_encoder_stays_float64_and_is_deterministic():
-    encoder, images = small_encoder().double(), torch.randn(2, 3, 16, 16).double()
-    assert encoder(images).dtype == torch.float64
-    assert torch.equal(encoder(images), encoder(images))
 
 
 def test_sizes_that_do_not_fit_are_refused():

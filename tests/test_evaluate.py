@@ -1,11 +1,10 @@
 """evaluate.py: every number against an independent computation, and the command lines."""
 
-import argparse
-import functools
 import json
 import math
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,28 +13,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import randomize
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import evaluate
-import losses
 import sample
 import train
+from common import measuring, runs, weights
+from common.data import SHAPES, BrokenImage, PictureSet, adm_crop, open_dataset, to_uint8
+from common.runs import file_sha256
 
+CPU = torch.device("cpu")
 PROTOCOL = {"command", "device", "processes", "torch", "numpy", "scipy", "python"}
 
 
 @pytest.fixture
 def checkpoint(tiny):
     """A model.pt of random, non-zero weights."""
-    return write_checkpoint(tiny, randomize(train.MIMFlow(tiny, tuple(train.SHAPES))))
+    return write_checkpoint(tiny, randomize(train.MIMFlow(tiny, SHAPES)))
 
 
 def write_checkpoint(config, model):
     path = config.run_dir / "model.pt"
     path.parent.mkdir(parents=True)
-    content = dict(format=1, step=3, config=train.asdict(config), model=model.state_dict())
+    content = dict(format=1, step=3, config=asdict(config), model=model.state_dict())
     torch.save({**content, "class_names": list(model.class_names)}, path)
     return path
 
@@ -65,35 +66,7 @@ def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# The Inception network, against torch-fidelity with the same random weights
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file in the layout of the published weights, with batch statistics that matter."""
-    torch.manual_seed(1)
-    state = {}
-    for name, value in evaluate.FIDInception().state_dict().items():
-        if name.endswith(("bn.running_var", "bn.weight")):
-            value.uniform_(0.7, 1.4)
-        elif name.endswith(("bn.running_mean", "bias")):
-            value.normal_(0, 0.1)
-        if not name.endswith("num_batches_tracked"):
-            state[name] = value
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def network(weights):
-    return evaluate.load_inception(str(weights), torch.device("cpu"))[0]
-
-
-@pytest.fixture(scope="module")
-def fidelity(weights):
-    kinds = ["2048", "logits_unbiased"]
-    return FeatureExtractorInceptionV3("", kinds, feature_extractor_weights_path=str(weights))
+# The formulas
 
 
 def nuclear_norm_fid(a: np.ndarray, b: np.ndarray) -> float:
@@ -104,67 +77,16 @@ def nuclear_norm_fid(a: np.ndarray, b: np.ndarray) -> float:
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((x**2).sum() for x in rows) - 2 * cross
 
 
-def test_the_network_has_the_published_names_and_size(weights):
-    state = torch.load(weights)
-    assert len(state) == 472 and sum(x.numel() for x in state.values()) == 23_885_392
-    assert state["Mixed_6d.branch7x7_2.bn.bias"].shape == (160,)
-    assert state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (299, 299), (320, 200), (512, 511)])
-def test_resize_is_tensorflow_ones_to_the_bit(shape):
-    images = 255 * torch.rand(2, 3, *shape)
-    expected = interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
-    assert torch.equal(evaluate.tf1_resize(images, 299), expected)
-
-
-@pytest.mark.parametrize("size", [64, 256, 299])
-def test_features_and_fid_equal_those_of_torch_fidelity(network, fidelity, size):
-    images = torch.from_numpy(pictures(5, size)).permute(0, 3, 1, 2)
-    seen = []
-    branch = fidelity.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
-    with torch.no_grad():
-        expected, logits = fidelity(images)
-    branch.remove()
-    pool, spatial = evaluate.inception_features(network, images.float())
-    assert pool.std() > 0.1 and logits.std() > 0.1
-    np.testing.assert_allclose(pool, expected.numpy(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(network.logits(torch.from_numpy(pool)), logits, rtol=1e-4, atol=1e-4)
-    channels_last = seen[0][:, :7].numpy().transpose(0, 2, 3, 1)  # (5, 17, 17, 7)
-    np.testing.assert_allclose(spatial, channels_last.reshape(5, 2023), rtol=1e-4, atol=1e-5)
-
-    ours = evaluate.frechet_distance(*evaluate.moments(pool[:3]), *evaluate.moments(pool[3:]))
-    halves = expected.numpy()[:3], expected.numpy()[3:]
-    assert ours == pytest.approx(nuclear_norm_fid(*halves), rel=1e-5)
-    if size == 64:  # once, as torch-fidelity's matrix root takes long; singular, so inexact there
-        theirs = [fid_features_to_statistics(torch.from_numpy(half)) for half in halves]
-        theirs = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
-        assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_a_file_with_batch_norm_counters_loads_and_another_network_does_not(network, tmp_path):
-    path = tmp_path / "other.pth"
-    torch.save(network.state_dict(), path)  # an OrderedDict with counters and metadata
-    again, protocol = evaluate.load_inception(str(path), torch.device("cpu"))
-    assert torch.equal(again.fc.weight, network.fc.weight) and not again.training
-    assert protocol["inception"]["sha256"] == evaluate.file_sha256(path)
-    state = network.state_dict()
-    torch.save({k: v for k, v in state.items() if k != "Mixed_6d.branch1x1.bn.bias"}, path)
-    with pytest.raises(losses.WeightsMissing, match="other.pth"):
-        evaluate.load_inception(str(path), torch.device("cpu"))
-
-
-# --------------------------------------------------------------------------------------------------
-# The formulas
-
-
 @pytest.mark.parametrize("count", [10, 300])  # fewer and more rows than numbers
-def test_frechet_distance_is_the_nuclear_norm_form(count):
+def test_frechet_distance_is_the_nuclear_norm_form_and_that_of_torch_fidelity(count):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((count, 40)) @ rng.standard_normal((40, 40)) + 1
     b = rng.standard_normal((count + 3, 40)) @ rng.standard_normal((40, 40))
     ours = evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b))
     assert ours == pytest.approx(nuclear_norm_fid(a, b), rel=1e-6)
+    theirs = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    theirs = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert ours == pytest.approx(theirs, rel=1e-4)  # of a singular product their root is inexact
     assert abs(evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(a))) < 1e-5 * ours
 
 
@@ -197,14 +119,14 @@ def test_inception_score_by_hand_with_a_short_last_split(monkeypatch):
     for rows in (p[:5], p[5:10], p[10:]):
         total = sum((q * np.log(q / rows.mean(0))).sum() for q in rows)
         scores.append(math.exp(total / len(rows)))
-    ours = evaluate.inception_score(LogitsAsTheyAre(), logits.numpy())
+    ours = evaluate.inception_score(LogitsAsTheyAre(), logits)
     assert ours == pytest.approx(np.mean(scores), rel=1e-5)
 
 
 def test_inception_score_survives_probabilities_of_zero():
     sure = 1e4 * torch.eye(4)
-    assert evaluate.inception_score(LogitsAsTheyAre(), sure.numpy()) == pytest.approx(4)
-    assert evaluate.inception_score(LogitsAsTheyAre(), sure[:1].numpy()) == pytest.approx(1)
+    assert evaluate.inception_score(LogitsAsTheyAre(), sure) == pytest.approx(4)
+    assert evaluate.inception_score(LogitsAsTheyAre(), sure[:1]) == pytest.approx(1)
 
 
 def brute_force(samples, reference):
@@ -222,7 +144,7 @@ def brute_force(samples, reference):
 
 @pytest.mark.parametrize("kind", ["real", "integer", "far"])
 def test_precision_and_recall_are_brute_force_exactly(kind, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 16)
+    monkeypatch.setattr(evaluate, "ROWS", 16)
     rng = np.random.default_rng(3)
     reference, samples = rng.standard_normal((90, 6)), 1.3 * rng.standard_normal((70, 6)) + 0.7
     if kind == "integer":  # distances tie exactly, so that <= and < differ; and duplicates
@@ -240,7 +162,7 @@ def test_precision_and_recall_are_brute_force_exactly(kind, monkeypatch):
 
 
 def read(path, batch: int = 3, crop=None) -> np.ndarray:
-    data = evaluate.PictureSet(path, crop)
+    data = PictureSet(path, crop)
     ranges = [range(i, min(i + batch, len(data))) for i in range(0, len(data), batch)]
     return torch.cat([data[r] for r in ranges]).permute(0, 2, 3, 1).numpy()
 
@@ -249,14 +171,14 @@ def read(path, batch: int = 3, crop=None) -> np.ndarray:
 def test_npz_is_read_in_batches(kind, tmp_path):
     images = pictures(8, 12)
     if kind == "float":
-        images = images - 0.25  # neither clipped nor rounded
+        images = images.clip(1) - 0.25  # not rounded
     if kind == "fortran":
         images = np.asfortranarray(images)
     save = np.savez_compressed if kind == "compressed" else np.savez
     save(tmp_path / "set.npz", images, np.arange(8))
     found = read(tmp_path / "set.npz")
     assert found.dtype == np.float32 and np.array_equal(found, images.astype(np.float32))
-    data = evaluate.PictureSet(tmp_path / "set.npz")  # a process reads only its own batches
+    data = PictureSet(tmp_path / "set.npz")  # a process reads only its own batches
     assert torch.equal(data[range(6, 8)].permute(0, 2, 3, 1), torch.from_numpy(found[6:]))
 
 
@@ -267,7 +189,7 @@ def test_folder_is_read_sorted_and_can_be_cropped(tmp_path):
         Image.fromarray(images[i]).save(tmp_path / "set" / name)
     order = [3, 1, 0, 2]
     assert np.array_equal(read(tmp_path / "set"), images[order])
-    cropped = [np.asarray(train.adm_crop(Image.fromarray(images[i]), 8)) for i in order]
+    cropped = [np.asarray(adm_crop(Image.fromarray(images[i]), 8)) for i in order]
     assert np.array_equal(read(tmp_path / "set", crop=8), np.stack(cropped))
 
 
@@ -290,7 +212,7 @@ def broken_sets(folder):
         "half.npz": "has mu but no mu_s, sigma, sigma_s",
         "objects.npz": "arr_0 is object",
         "text.npz": "not an .npz file",
-        "nothing.npz": "does not exist",
+        "nothing.npz": "no pictures in",
         "empty": "no pictures in",
         "mixed": "8.png is 8 x 8",
         "damaged": "cannot read",
@@ -300,7 +222,7 @@ def broken_sets(folder):
 def test_broken_sets_are_one_clear_line(tmp_path, capsys):
     for name, expected in broken_sets(tmp_path).items():
         with pytest.raises(SystemExit) as stopped:
-            evaluate.PictureSet(tmp_path / name)
+            runs.run_program(lambda name=name: read(tmp_path / name))
         error = capsys.readouterr().err
         assert stopped.value.code == 1 and error.count("\n") == 1 and expected in error, error
 
@@ -311,7 +233,7 @@ def test_a_damaged_archive_is_reported_with_its_path(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255  # a flipped byte in the pictures: the checksum tells
     path.write_bytes(content)
-    with pytest.raises(train.BrokenImage, match="set.npz is damaged"):
+    with pytest.raises(BrokenImage, match="set.npz is damaged"):
         read(path)
 
 
@@ -368,7 +290,7 @@ def test_the_statistics_of_a_reference_file_replace_those_of_its_pictures(projec
     found = run("generation", "samples.npz", "virtual.npz")
     protocol = found["protocol"]
     assert protocol["reference"]["statistics"] == "of the file"
-    assert protocol["samples"]["sha256"] == evaluate.file_sha256(tmp_path / "samples.npz")
+    assert protocol["samples"]["sha256"] == file_sha256(tmp_path / "samples.npz")
     assert (protocol["samples"]["pictures"], protocol["reference"]["pictures"]) == (8, 6)
 
     # Against c * identity: tr (c S)^(1/2) is the sum of the singular values of A, times sqrt c.
@@ -398,13 +320,20 @@ def test_a_metric_that_needs_more_pictures_is_null_and_says_so(projection, tmp_p
 
 
 def test_features_that_are_not_finite_are_one_clear_line(projection, tmp_path, capsys):
-    images = pictures(5, 16).astype(np.float32)
-    images[3, 0, 0, 0] = np.nan
+    images, real = pictures(5, 16), projection.forward
+    images[3] = 0
+
+    def damaged(images):
+        pool, spatial = real(images)
+        return pool.masked_fill(images.amax(dim=(1, 2, 3))[:, None] == 0, torch.nan), spatial
+
+    projection.forward = damaged
     np.savez(tmp_path / "a.npz", images)
     with pytest.raises(SystemExit) as stopped:
-        run("generation", "a.npz", "a.npz")
+        run("generation", "a.npz", "a.npz", "--batch-size", 2)
     error = capsys.readouterr().err
-    assert stopped.value.code == 1 and "not finite, the first is number 3" in error
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert "pool of 1 pictures is not finite, the first is number 3" in error
 
 
 def test_without_inception_weights_generation_is_one_line(tmp_path, monkeypatch, capsys):
@@ -416,7 +345,7 @@ def test_without_inception_weights_generation_is_one_line(tmp_path, monkeypatch,
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     np.savez(tmp_path / "a.npz", pictures(2, 8))
     with pytest.raises(SystemExit) as stopped:
-        train.run_program(lambda: run("generation", "a.npz", "a.npz"))
+        runs.run_program(lambda: run("generation", "a.npz", "a.npz"))
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and error.count("\n") == 1
     for part in ("pt_inception-2015-12-05-6726825d.pth", "https://", "hub", "--inception"):
@@ -438,7 +367,7 @@ def test_two_processes_sample_and_measure_as_one(checkpoint, tmp_path, run_scrip
         assert np.array_equal(np.load(kept)[name], np.load(tmp_path / "two.npz")[name])
     assert np.load(kept)["arr_1"].tolist() == [0, 1, 2, 3, 4]
     assert two["protocol"]["inception"] == "random" and two["protocol"]["guidance"] == 1.0
-    assert two["protocol"]["checkpoint"]["sha256"] == evaluate.file_sha256(checkpoint)
+    assert two["protocol"]["checkpoint"]["sha256"] == file_sha256(checkpoint)
     assert two["protocol"]["processes"] == 2 and not list(tmp_path.rglob("*.parts"))
 
 
@@ -467,7 +396,7 @@ def test_hidden_patches_are_grey():
 def large_checkpoint(tiny):
     """Pictures of 24 x 24, so that the box filter fits."""
     config = replace(tiny, image_size=24)
-    return write_checkpoint(config, randomize(train.MIMFlow(config, tuple(train.SHAPES))))
+    return write_checkpoint(config, randomize(train.MIMFlow(config, SHAPES)))
 
 
 @torch.no_grad()
@@ -475,7 +404,7 @@ def test_reconstruction_by_hand_with_any_batch_size(large_checkpoint, projection
     command = ("reconstruction", large_checkpoint, "--num", 7, "--seed", 5, "--vgg", "random")
     found, again = run(*command), run(*command, "--batch-size", 3)
     model = train.load_checkpoint(large_checkpoint)
-    dataset = train.open_dataset(None, 24, "val")
+    dataset = open_dataset(None, 24, "val")
     numbers = sorted(np.random.default_rng(5).permutation(2000)[:7].tolist())
     rows = {"mse": [], "psnr": [], "low_frequency_error": [], "high_frequency_error": []}
     shown, pool = [], [[], []]
@@ -483,11 +412,11 @@ def test_reconstruction_by_hand_with_any_batch_size(large_checkpoint, projection
         image = dataset[n][0][None]
         one = replace(model.config, batch_size=1, mask_ratio=(0.4, 0.6))
         one = replace(one, seed=train.derived_seed(5, n))
-        draws = train.draw_randomness(one, 0, torch.device("cpu"))
+        draws = train.draw_randomness(one, 0, CPU)
         assert 0.4 <= draws.mask.float().mean() <= 0.6
         decoded = model.decoder(model.encoder(image, draws.mask) + 0.3 * draws.noise)
         rows["mse"].append((image - decoded).square().mean())
-        a, b = (train.to_uint8(x) for x in (image, decoded))
+        a, b = (to_uint8(x) for x in (image, decoded))
         rows["psnr"].append(-10 * torch.log10(((a / 255.0 - b / 255.0) ** 2).mean()))
         low, high = evaluate.frequency_errors(image - decoded)
         rows["low_frequency_error"].append(low)
@@ -507,15 +436,16 @@ def test_reconstruction_by_hand_with_any_batch_size(large_checkpoint, projection
     grid = np.asarray(Image.open(large_checkpoint.parent / "reconstruction.png"))
     assert grid.shape == (3 * 98 + 2, 7 * 98 + 2, 3)
     corner = grid[2 * 98 + 2 : 3 * 98 : 4, 6 * 98 + 2 : 7 * 98 : 4]  # the last, of row 3
-    expected = train.to_uint8(shown[-1].clamp(-1, 1))[0].permute(1, 2, 0).numpy()
+    expected = to_uint8(shown[-1].clamp(-1, 1))[0].permute(1, 2, 0).numpy()
     assert np.abs(corner.astype(int) - expected).max() <= 1
 
 
 def test_reconstruction_leaves_out_what_it_has_no_weights_for(checkpoint, monkeypatch, capsys):
     def missing(kind, path=None):
-        raise losses.WeightsMissing(f"no {kind} weights here")
+        raise weights.WeightsMissing(f"no {kind} weights here")
 
-    monkeypatch.setattr(losses, "find_weights", missing)
+    monkeypatch.setattr(evaluate, "find_weights", missing)
+    monkeypatch.setattr(evaluate, "load_inception", lambda path, device: missing("inception"))
     found = run("reconstruction", checkpoint, "--num", 3, "--mask-ratio", 0, 0)
     assert found["rfid"] is found["lpips"] is found["low_frequency_error"] is None
     assert found["mse"] > 0 and found["protocol"]["mask_ratio"] == [0, 0]
@@ -538,18 +468,18 @@ def separable(count: int, seed: int) -> tuple[dict, torch.Tensor]:
 
 
 def test_probe_learns_what_is_there_and_nothing_else():
-    data = (*separable(400, 0), *separable(200, 1))
-    accuracy = evaluate.train_probes(*data, epochs=90, seed=0, device=torch.device("cpu"))
+    train_set, val_set = separable(400, 0), separable(200, 1)
+    accuracy = evaluate.train_probes(train_set, val_set, epochs=90, seed=0, device=CPU)
     assert accuracy["good"] > 98 and accuracy["noise"] < 40
-    one_class = {"good": data[2]["good"][3::4]}, data[3][3::4]  # judged one by one, not as a batch
-    train_set = {"good": data[0]["good"]}, data[1]
-    settings = dict(epochs=90, seed=0, device=torch.device("cpu"))
-    assert evaluate.train_probes(*train_set, *one_class, **settings)["good"] > 98
+    features, labels = val_set  # a class alone: rows are judged one by one, not as a batch
+    one_class = {name: x[3::4] for name, x in features.items()}, labels[3::4]
+    accuracy = evaluate.train_probes(train_set, one_class, epochs=90, seed=0, device=CPU)
+    assert accuracy["good"] > 98
 
 
 @torch.no_grad()
 def test_representations_are_of_the_whole_picture_without_label(tiny):
-    model = randomize(train.MIMFlow(tiny, tuple(train.SHAPES)), std=0.3).eval()
+    model = randomize(train.MIMFlow(tiny, SHAPES), std=0.3).eval()
     images = torch.randn(3, 3, 16, 16)
     found = evaluate.representations(model, images, "mean")
     assert list(found) == ["encoder_features", "latent", "flow_block_1", "flow_block_2"]
@@ -582,7 +512,7 @@ def test_probe_reads_class_folders_and_asks_for_a_val_split(checkpoint, tmp_path
     assert found["top1_percent"]["encoder_features"] == 100
     protocol = found["protocol"]
     assert (protocol["train_pictures"], protocol["val_pictures"], protocol["epochs"]) == (12, 6, 20)
-    dataset = train.open_dataset("set", 16, "val")
+    dataset = open_dataset("set", 16, "val")
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1] == [label for _, label in dataset]
     for folder, message in (("set/train", "no val/ beside train/"), ("set/train/c0", "no classes")):
         with pytest.raises(SystemExit) as stopped:
@@ -599,18 +529,18 @@ def test_probe_reads_class_folders_and_asks_for_a_val_split(checkpoint, tmp_path
 def test_likelihood_is_the_flows_log_prob(checkpoint, flags, masked):
     found = run("likelihood", checkpoint, "--num", 6, "--batch-size", 4, *flags)
     model = train.load_checkpoint(checkpoint)
-    dataset = train.open_dataset(None, 16, "val")
+    dataset = open_dataset(None, 16, "val")
     nats = {"conditional": [], "unconditional": []}
     for n in sorted(np.random.default_rng(0).permutation(2000)[:6].tolist()):
         image, label = dataset[n]
         one = replace(model.config, batch_size=1, seed=train.derived_seed(0, n))
-        draws = train.draw_randomness(one, 0, torch.device("cpu"))
+        draws = train.draw_randomness(one, 0, CPU)
         z = model.encoder(image[None], draws.mask if masked else None)
         if masked:
             z = z + 0.3 * draws.noise
         else:  # another number of draws before the noise would be another noise
             one = replace(one, mask_ratio=(0.0, 0.0))
-            z = z + 0.3 * train.draw_randomness(one, 0, torch.device("cpu")).noise
+            z = z + 0.3 * train.draw_randomness(one, 0, CPU).noise
         nats["conditional"].append(float(model.flow.log_prob(z, torch.tensor([label]))))
         nats["unconditional"].append(float(model.flow.log_prob(z, torch.tensor([-1]))))
     assert abs(np.mean(nats["conditional"]) - np.mean(nats["unconditional"])) > 1e-4
@@ -642,7 +572,7 @@ def test_the_plane_of_the_map_is_that_of_the_svd(dimension):
     np.testing.assert_allclose(share, sizes[:2] ** 2 / (sizes**2).sum(), rtol=1e-8)
 
 
-def test_map_draws_the_chosen_classes_or_writes_the_points(checkpoint, monkeypatch, capsys):
+def test_map_shows_the_chosen_classes_or_writes_the_points(checkpoint, monkeypatch, capsys):
     found = run("map", checkpoint, "--num", 30, "--classes", 2, "heart")
     assert set(found["points"]["label"]) == {2, 6} and len(found["points"]["xy"]) == 30
     assert [n % 10 for n in found["points"]["picture"]] == found["points"]["label"]
@@ -661,10 +591,31 @@ def test_map_draws_the_chosen_classes_or_writes_the_points(checkpoint, monkeypat
 
 
 def test_cost_counts_what_the_paper_says():
-    parts = evaluate.count_parts(evaluate.preset_config("mimflow-l"))
-    assert parts["encoder_and_decoder"]["parameters"] == pytest.approx(172.0e6, rel=0.01)
-    assert parts["encoder_and_decoder"]["multiply_adds"] == pytest.approx(71.25e9, rel=0.01)
-    assert parts["flow"]["parameters"] == pytest.approx(474.8e6, rel=0.001)
+    parts = evaluate.count_parts(train.preset_config("mimflow-l"))
+    both, flow = parts["encoder_and_decoder"], parts["flow"]
+    assert both["parameters"] == 172_100_416 == pytest.approx(172.0e6, rel=0.01)
+    assert both["multiply_adds"] == 70_980_206_592 == pytest.approx(71.25e9, rel=0.01)
+    assert flow["parameters"] == pytest.approx(474.8e6, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_count_does_not_depend_on_the_attention_kernel(dtype):
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=dtype, requires_grad=True)
+    work = 2 * 4 * 2 * 9 * 9 * 8  # batch, heads, two products of 9 x 9 x 8
+    for causal in (False, True):
+
+        def forward(causal=causal):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        assert evaluate.count_multiply_adds(forward) == work
+        assert evaluate.count_multiply_adds(lambda: forward().sum().backward()) == 3 * work
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+
+            def asked(kernel=kernel):
+                with torch.no_grad(), sdpa_kernel(kernel):
+                    forward()
+
+            assert evaluate.count_multiply_adds(asked) == work, kernel
 
 
 def test_multiply_adds_by_hand(tiny):
@@ -680,119 +631,116 @@ def test_multiply_adds_by_hand(tiny):
     assert parts["flow"]["multiply_adds"] == flow
 
 
-def test_cost_times_training_and_sampling(tiny, monkeypatch):
-    given = {k: v for k, v in train.asdict(tiny).items() if k not in ("preset", "out", "device")}
+@pytest.fixture
+def timed(tiny, monkeypatch) -> tuple:
+    """The arguments that time a tiny preset."""
+    given = {k: v for k, v in asdict(tiny).items() if k not in ("preset", "out", "device")}
     monkeypatch.setitem(train.PRESETS, "tiny", given)
+    monkeypatch.setitem(evaluate.FLAGS, "--preset", dict(choices=train.PRESETS))
     flags = ("--tokens", 3, 5, "--runs", 2, "--batch-size", 4, "--batches", 1, 3)
-    found = run("cost", "--preset", "tiny", *flags)
+    return ("cost", "--preset", "tiny", *flags)
+
+
+def test_cost_times_training_and_sampling(tiny, timed, capsys):
+    found = run(*timed)
+    assert list(found) == ["parts", "training", "sampling", "tokens", "protocol"]
     training = found["training"]
-    parts = found["parts"]
-    forward = sum(parts[name]["multiply_adds"] for name in ("encoder", "decoder", "flow"))
-    # Backward takes two forward passes, attention a little more, the patch embedding one.
-    assert 2.6 < training["multiply_adds_a_step"] / (4 * forward) < 3.1
-    eager = training["eager"]
-    assert eager["ms_a_step"] > 0 and 0 < eager["share_of_matmul_peak"] < 1
-    assert eager["peak_memory_gb"] is None  # counted on CUDA only
+    assert training["batch_size"] == 4 and training["eager"]["ms_a_step"] > 0
+    assert training["eager"]["peak_memory_gb"] is None  # counted on CUDA only
+    cases = [f"guidance {w:g}, batch {n}" for w in (0, tiny.guidance) for n in (1, 3)]
+    assert list(found["sampling"]) == [f"{s}, {c}" for s in ("sequential", "jacobi") for c in cases]
+    assert all(row["s_an_image"] > 0 for row in found["sampling"].values())
     assert list(found["tokens"]) == ["3", "5"]
     assert all(value > 0 for row in found["tokens"].values() for value in row.values())
-    sampling = found["sampling"]
-    cases = [f"guidance {w:g}, batch {n}" for w in (0, tiny.guidance) for n in (1, 3)]
-    assert list(sampling) == [f"{s}, {c}" for s in ("sequential", "jacobi") for c in cases]
-    for name, row in sampling.items():
-        assert row["images_a_s"] == pytest.approx(1 / row["s_an_image"])
-        assert 0 < row["floor"] and 0 < row["of_peak"]
-        assert (row["passes"] == 2 * 3) if "sequential" in name else (2 <= row["passes"] <= 2 * 3)
-    jacobi = [row["passes"] for name, row in sampling.items() if "jacobi" in name]
-    assert max(jacobi) > 2  # random weights, not the identity, which needs one sweep a block
+    assert "no peak_memory_gb: counted on CUDA only" in capsys.readouterr().out
+
+
+def test_a_row_that_does_not_fit_into_memory_is_left_out_alone(timed, monkeypatch, capsys):
+    real = sample.sample_batch
+
+    def full(model, indices, *rest, **how):
+        if len(indices) == 3:
+            raise torch.cuda.OutOfMemoryError("full")
+        return real(model, indices, *rest, **how)
+
+    def full_training(*arguments):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(sample, "sample_batch", full)
+    monkeypatch.setattr(evaluate, "training_step", full_training)
+    found = run(*timed)
+    assert found["training"]["eager"]["ms_a_step"] is None
+    for name, row in found["sampling"].items():
+        assert (row["s_an_image"] is None) == ("batch 3" in name)
+    assert all(value > 0 for row in found["tokens"].values() for value in row.values())
+    (line,) = [
+        x for x in capsys.readouterr().out.splitlines() if "ms_a_step" in x and "flow" not in x
+    ]
+    assert line.split() == ["ms_a_step", "-"]
+
+
+def test_a_cuda_graph_is_recorded_anew_for_each_case_and_leaves_nothing(tiny, monkeypatch):
+    model, inverses = train.MIMFlow(tiny).eval(), []
+    call = evaluate.sampling(model, 2, tiny.guidance, "cuda graph")
+    assert isinstance(model.flow.inverse, sample.RecordedInverse) and len(call()) == 2
+    plain = evaluate.sampling(model, 2)
+    assert not isinstance(model.flow.inverse, sample.RecordedInverse) and len(plain()) == 2
+    monkeypatch.setattr(evaluate, "seconds", lambda *_: inverses.append(model.flow.inverse) or 1.0)
+    flags = Namespace(device=CPU, batch_size=1, runs=1, batches=[1, 2], tokens=[], compile=False)
+    evaluate.time_all(model, flags)
+    assert "inverse" not in vars(model.flow) and len({*map(id, inverses[1:])}) == 2 * 2 * 2
+
+
+def test_a_training_step_is_that_of_train_py(tiny):
+    config = replace(tiny, drop_path=0.0, mask_ratio=(0.5, 0.5))
+    step = evaluate.training_step(config, 4, CPU)
+    parts = evaluate.count_parts(config)
+    forward = sum(parts[name]["multiply_adds"] for name in ("encoder", "decoder", "flow"))
+    # Backward takes two forward passes, attention a little more, the patch embedding one.
+    assert 2.6 < evaluate.count_multiply_adds(step) / (4 * forward) < 3.1
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_sampling_is_counted_as_by_hand(tiny, guidance):
     """Token by token: K - 1 steps a block, where step i looks at i tokens."""
-    c, model, batch = tiny, randomize(train.MIMFlow(tiny, tuple(train.SHAPES))), 3
-    width, d, steps = c.flow_width, c.latent_dim, range(1, c.num_latents)
+    c, model, batch = tiny, randomize(train.MIMFlow(tiny, SHAPES)), 3
+    width, d = c.flow_width, c.latent_dim
     work = batch * evaluate.count_parts(tiny)["decoder"]["multiply_adds"]
-    read = 4 * train.count_parameters(model.decoder)
     for number, depth in enumerate(c.flow_depths):
         rows = batch * (2 if guidance and number == 1 else 1)  # with the unconditional half
-        for i in steps:
+        for i in range(1, c.num_latents):
             work += rows * (3 * d * width + depth * (13 * width**2 + 2 * i * width))
-            keys_and_values = rows * i * depth * 2 * width
-            read += 4 * (train.count_parameters(model.flow.blocks[number]) + keys_and_values)
-    options = evaluate.drawing(guidance, "sequential")
-    watch = evaluate.Passes(model, batch, options)
-    draw = functools.partial(sample.draw, model, range(batch), [0], options, watch)
-    assert evaluate.count_multiply_adds(draw) == work
-    assert watch.bytes == read and watch.count == 2 * len(steps)
+    call = evaluate.sampling(model, batch, guidance)
+    assert evaluate.count_multiply_adds(call) == work
 
 
-def test_jacobi_reads_all_tokens_up_to_the_end_of_its_window(tiny):
-    model = train.MIMFlow(replace(tiny, num_latents=40), tuple(train.SHAPES))
-    watch = evaluate.Passes(model, 1, evaluate.drawing(0.0, "jacobi"))
-    deep, window, width = model.flow.blocks[1], evaluate.DEEP_WINDOW, tiny.flow_width
-    before = watch.bytes
-    for solved in (5, 30, 4):  # tokens 1-5, 6-35, 36-39
-        watch(1, solved)
-    reach = window + min(5 + window, 39) + 39  # tokens seen by the three sweeps
-    expected = 3 * train.count_parameters(deep) + reach * 2 * width * len(deep.layers)
-    assert watch.bytes - before == 4 * expected
+def test_a_time_is_the_median_of_what_comes_after_the_warm_up(monkeypatch):
+    moments = iter([0, 9, 0, 8, 0, 1, 0, 3, 0, 2])  # start and end of five calls
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(moments))
+    monkeypatch.setattr(measuring, "LONG_ENOUGH", 100.0)
+    calls = []
+    flags = Namespace(device=CPU, runs=3)
+    assert measuring.seconds(lambda: calls.append(1), flags, 10) == 20 and len(calls) == 5
+    moments = iter([0, 60, 0, 50])  # long ones are not repeated
+    assert measuring.seconds(lambda: calls.append(1), flags) == 50
 
 
-def test_every_sampler_is_timed_and_each_way_adds_to_the_one_before(tiny, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(sample, "compile_layers", compiled.append)
-    plain = [("sequential", "sequential"), ("jacobi", "jacobi")]
-    for compile, device, faster in (
-        (False, "cpu", []),
-        (True, "cpu", ["--compile"]),
-        (False, "cuda", ["--cuda-graph"]),
-        (True, "cuda", ["--compile", "--compile --cuda-graph"]),
-    ):
-        model = train.MIMFlow(tiny)
-        flags = argparse.Namespace(compile=compile, device=torch.device(device))
-        ways = list(evaluate.ways_to_sample(model, flags))
-        assert ways == plain + [(way, "sequential") for way in faster]
-        assert isinstance(model.flow.inverse, sample.RecordedInverse) == (device == "cuda")
-    assert len(compiled) == 2
-
-
-def test_the_floor_is_the_longer_of_computing_and_reading(tiny, monkeypatch):
-    flags = argparse.Namespace(device=torch.device("cpu"), runs=1, batches=[2], compile=False)
-    model, found = train.MIMFlow(tiny).eval(), []
-    for peak, bandwidth in ((1.0, 1e30), (1e30, 1.0)):
-        monkeypatch.setattr(evaluate, "matmul_peak", lambda *_, peak=peak: peak)
-        monkeypatch.setattr(evaluate, "memory_bandwidth", lambda *_, speed=bandwidth: speed)
-        found.append(evaluate.time_sampling(model, flags))
-    computing, reading = found
-    for name, guidance in (("guidance 0", 0.0), (f"guidance {tiny.guidance:g}", tiny.guidance)):
-        row = f"sequential, {name}, batch 2"
-        options = evaluate.drawing(guidance, "sequential")
-        watch = evaluate.Passes(model, 2, options)
-        draw = functools.partial(sample.draw, model, range(2), [*range(10)], options, watch)
-        assert computing[row]["floor"] == evaluate.count_multiply_adds(draw) / 2
-        assert reading[row]["floor"] == watch.bytes / 2
-
-
-def test_rows_with_the_same_names_become_a_table():
-    rows = {"b": {"x": 1, "y": 2.5}, "long name": {"x": None, "a longer name": 3}}
-    same = {"b": {"x": 1, "y": 2.5}, "long name": {"x": None, "y": 3000}}
-    assert evaluate.table({"rows": same}) == [
-        "  rows",
-        "                         x            y",
-        "    b                    1          2.5",
-        "    long name            -        3,000",
+def test_the_table_has_a_line_a_number():
+    numbers = {"b": {"x": 1234, "y": 2.123456}, "a long name": None}
+    assert measuring.table(numbers) == [
+        "  b",
+        "    x                                                 1,234",
+        "    y                                                2.1235",
+        "  a long name                                             -",
     ]
-    for others in (rows, {"b": {"x": 1}}):  # other names, or one row alone: below one another
-        lines = evaluate.table({"rows": others})
-        assert lines[:2] == ["  rows", "    b"] and lines[2].split() == ["x", "1"]
 
 
 def test_cost_of_a_checkpoint(checkpoint, capsys):
     flags = ("--batches", 2, "--tokens", 2, "--runs", 1, "--batch-size", 2)
     found = run("cost", checkpoint, *flags)
-    assert found["protocol"]["weights"]["sha256"] == evaluate.file_sha256(checkpoint)
+    assert found["protocol"]["weights"]["sha256"] == file_sha256(checkpoint)
     shown = capsys.readouterr().out
-    assert "images_a_s" in shown and "jacobi, guidance" in shown
+    assert "s_an_image" in shown and "jacobi, guidance" in shown
 
 
 # --------------------------------------------------------------------------------------------------
@@ -822,7 +770,7 @@ def test_the_commands_as_a_user_types_them(checkpoint, tmp_path, run_script):
     probe = run("probe", checkpoint, *flags, "--num-train", 40, "--epochs", 2)
     for protocol in (two["protocol"], one["protocol"], found["protocol"], probe["protocol"]):
         assert protocol.keys() >= PROTOCOL | {"seed", "data"}
-        assert protocol["checkpoint"]["sha256"] == evaluate.file_sha256(checkpoint)
+        assert protocol["checkpoint"]["sha256"] == file_sha256(checkpoint)
         assert protocol["command"].startswith("evaluate.py ")
     cost = run_script("evaluate.py", "cost", "--preset", "mimflow-l", "--no-timing")
     assert cost.returncode == 0 and "172,100,416" in cost.stdout, cost.stderr
@@ -843,24 +791,47 @@ def test_a_model_without_labels(tiny, projection, tmp_path, capsys):
     assert stopped.value.code == 2 and "without labels" in capsys.readouterr().err
 
 
+def test_a_model_with_the_second_prior(tiny, projection, tmp_path, capsys):
+    sizes = dict(emigm_width=16, emigm_heads=2, emigm_depths=(1, 1), emigm_head=(16, 1))
+    config = replace(tiny, prior="emigm", freeze_autoencoder=True, init="x", **sizes)
+    path = write_checkpoint(config, randomize(train.MIMFlow(config, SHAPES)))
+    np.savez(tmp_path / "r.npz", pictures(4, 16))
+    assert run("generation", path, "r.npz", "--num", 5)["protocol"]["guidance"] == tiny.guidance
+    found = run("probe", path, "--num-train", 20, "--num", 10, "--epochs", 1)["top1_percent"]
+    assert list(found) == ["encoder_features", "latent"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("likelihood", path)
+    error = capsys.readouterr().err
+    assert "no density" in error and error.count("\n") == 1
+    flags = ("--runs", 1, "--batches", 2, "--batch-size", 2)
+    found = run("cost", path, *flags)
+    model = train.load_checkpoint(path)
+    assert found["parts"]["emigm"]["parameters"] == train.count_parameters(model.emigm)
+    assert found["parts"]["emigm"]["multiply_adds"] > 0 and not found["tokens"]
+    assert found["sampling"]["emigm, guidance 0, batch 2"]["s_an_image"] > 0
+
+
 @pytest.mark.parametrize(
     "command, code, expected",
     [
         ("", 2, "COMMAND"),
         ("unknown", 2, "invalid choice"),
         ("generation a.npz", 2, "reference"),
-        ("generation a.npz b.npz --num 0", 2, "--num must be positive"),
+        ("generation a.npz b.npz --num 0", 2, "--num: must be positive"),
         ("generation a.npz b.npz --guid 1", 2, "unrecognized"),
-        ("generation a.npz b.npz", 1, "b.npz does not exist"),
+        ("generation a.npz b.npz", 1, "no pictures in b.npz"),
         ("likelihood none.pt", 1, "none.pt does not exist"),
-        ("likelihood", 1, "python train.py"),
         ("reconstruction x.pt --mask-ratio 0.6 0.4", 2, "--mask-ratio needs"),
-        ("map x.pt --json nowhere/a.json", 2, "nowhere/a.json cannot be written"),
+        ("reconstruction x.pt --mask-ratio 0 2", 2, "--mask-ratio: must be between 0 and 1"),
+        ("probe x.pt --num-train 1", 2, "--num-train: must be at least 2"),
+        ("map x.pt --out x.pt", 2, "must end in .png"),
+        ("map x.pt --json nowhere/a.json", 2, "folder nowhere of a.json"),
         ("map CKPT --classes unicorn", 2, "--classes unicorn"),
         ("map CKPT --method umap", 2, "pip install umap-learn"),
         ("likelihood CKPT --num 3000", 2, "the val split of the built-in pictures has 2000"),
-        ("cost --tokens 1", 2, "--tokens must be at least 2"),
-        ("cost --batches 0", 2, "--batches must be positive"),
+        ("cost --tokens 1", 2, "--tokens: must be"),
+        ("cost --batches 0", 2, "--batches: must be"),
         ("cost CKPT --preset shapes", 2, "not both"),
         ("cost none.pt", 1, "none.pt"),
     ],

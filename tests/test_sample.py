@@ -1,34 +1,33 @@
 """sample.py: the same set from any number of processes, the files, and bad input."""
 
 import argparse
-import subprocess
-import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, randomize
+from conftest import randomize
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
+from common import runs
+from common.data import SHAPES
 from flow import NormalizingFlow
 
 
 @pytest.fixture
 def checkpoint(tiny):
     """A model.pt of random, non-zero weights."""
-    model = randomize(train.MIMFlow(tiny, tuple(train.SHAPES)))
+    model = randomize(train.MIMFlow(tiny, SHAPES))
     return write_checkpoint(tiny, model)
 
 
 def write_checkpoint(config, model):
     path = config.run_dir / "model.pt"
     path.parent.mkdir(parents=True)
-    content = dict(format=1, step=3, config=train.asdict(config), model=model.state_dict())
+    content = dict(format=1, step=3, config=asdict(config), model=model.state_dict())
     torch.save({**content, "class_names": list(model.class_names)}, path)
     return path
 
@@ -79,29 +78,30 @@ def test_one_and_two_processes_write_the_same_set(checkpoint, tmp_path, run_scri
     assert not list(tmp_path.glob("*.parts"))
 
 
-def interrupt_draw(monkeypatch, at: int) -> list:
+def interrupt_sampling(monkeypatch, at: int) -> list:
     """Ctrl-C when the list that comes back, which grows with every batch, gets its item `at`."""
-    real, calls = sample.draw, []
+    real, calls = sample.sample_batch, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **how):
         calls.append(1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **how)
 
-    monkeypatch.setattr(sample, "draw", interrupted)
+    monkeypatch.setattr(sample, "sample_batch", interrupted)
     return calls
 
 
 def test_an_interrupted_set_is_continued_and_another_one_is_not_mixed_in(
-    checkpoint, tmp_path, monkeypatch
+    checkpoint, tmp_path, monkeypatch, capsys
 ):
     flags = ("--num", "25", "--batch-size", "10", "--npz", tmp_path / "s.npz")
-    calls = interrupt_draw(monkeypatch, 3)
+    calls = interrupt_sampling(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     run(checkpoint, *flags)
-    assert len(calls) == 4  # only the third batch was drawn again
+    assert len(calls) == 4  # only the third batch was made again
+    assert "going on: 2 batches" in capsys.readouterr().out
     continued = np.load(tmp_path / "s.npz")["arr_0"]
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -112,7 +112,7 @@ def test_an_interrupted_set_is_continued_and_another_one_is_not_mixed_in(
 
 def test_batches_of_other_weights_are_not_mixed_in(checkpoint, tmp_path, monkeypatch):
     flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
-    calls = interrupt_draw(monkeypatch, 2)
+    calls = interrupt_sampling(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     content = torch.load(checkpoint, weights_only=True)
@@ -122,16 +122,16 @@ def test_batches_of_other_weights_are_not_mixed_in(checkpoint, tmp_path, monkeyp
     assert len(calls) == 4  # both batches again
 
 
-def test_a_process_draws_every_second_batch_of_two_processes(
+def test_a_process_makes_every_second_batch_of_two_processes(
     one_block_at_once, tmp_path, monkeypatch, capsys
 ):
     model = train.load_checkpoint(one_block_at_once)
     flags = ("--num", "25", "--batch-size", "10", "--sampler", "jacobi", "--guidance", "1")
-    monkeypatch.setattr(sample, "world_size", lambda: 2)
-    files = sample.draw_all(model, [0], sample.parse_arguments(["x", *flags]), tmp_path)
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    files = sample.sample_parts(model, [0], sample.parse_arguments(["x", *flags]), tmp_path)
     assert [path.exists() for path in files] == [True, False, True]
     assert len(np.load(files[2])) == 5
-    said = capsys.readouterr().out  # of the two batches that it has drawn
+    said = capsys.readouterr().out  # of the two batches that it has made
     assert "sweeps a batch, deep block first: 3.0, 1.0; token by token: 3" in said
 
 
@@ -141,7 +141,7 @@ def test_a_class_name_wins_over_an_index(tiny):
 
 
 def test_bfloat16_is_the_default_where_it_is_fast_but_not_for_jacobi(monkeypatch):
-    monkeypatch.setattr(sample, "uses_bf16", lambda device: True)
+    monkeypatch.setattr(runs, "uses_bf16", lambda device: True)
     cases = {(): True, ("--no-bf16",): False, ("--sampler", "jacobi"): False}
     cases[("--sampler", "jacobi", "--bf16")] = True
     for flags, expected in cases.items():
@@ -153,11 +153,11 @@ def test_guidance_rules_and_denoising_change_the_pictures(checkpoint, tmp_path):
     model = train.load_checkpoint(checkpoint)
     base = ["--guidance", "0"], ["--guidance", "2"], ["--guidance", "2", "--constant-guidance"]
     base += (["--guidance", "2", "--guidance-rule", "starflow"], ["--guidance", "0", "--denoise"])
-    drawn = set()
+    found = set()
     for flags in base:
         options = sample.parse_arguments([str(checkpoint), *flags])
-        drawn.add(sample.draw(model, range(4), [0, 1], options).tobytes())
-    assert len(drawn) == 5
+        found.add(sample.sample_batch(model, range(4), [0, 1], options).tobytes())
+    assert len(found) == 5
 
 
 def test_denoising_is_tweedies_formula(checkpoint):
@@ -179,10 +179,10 @@ def test_a_model_without_labels(tiny, tmp_path, capsys):
     run(path, "--num", "9", "--npz", tmp_path / "s.npz", "--out", tmp_path / "g.png")
     assert (np.load(tmp_path / "s.npz")["arr_1"] == -1).all()
     assert Image.open(tmp_path / "g.png").size == (5 * 98 + 2, 2 * 98 + 2)
-    grid, drawn = np.asarray(Image.open(tmp_path / "g.png")), pictures(tmp_path / "s.npz")
+    grid, made = np.asarray(Image.open(tmp_path / "g.png")), pictures(tmp_path / "s.npz")
     for i in range(10):  # row by row, the missing tenth is white
         y, x = 2 + 98 * (i // 5), 2 + 98 * (i % 5)
-        assert (grid[y : y + 96 : 6, x : x + 96 : 6] == (drawn[i] if i < 9 else 255)).all()
+        assert (grid[y : y + 96 : 6, x : x + 96 : 6] == (made[i] if i < 9 else 255)).all()
     for flags in (["--classes", "0"], ["--guidance", "1"]):
         with pytest.raises(SystemExit) as stopped:
             run(path, *flags)
@@ -194,27 +194,32 @@ def test_a_model_without_labels(tiny, tmp_path, capsys):
     [
         (["--classes", "10"], "classes 0 to 9"),
         (["--classes", "unicorn"], "--classes unicorn"),
-        (["--num", "0"], "--num must be positive"),
-        (["--guidance", "-1"], "must not be negative"),
-        (["--tolerance", "nan"], "must not be negative"),
+        (["--num", "0"], "--num: must be positive"),
+        (["--seed", "-1"], "--seed: must be not negative"),
+        (["--guidance", "-1"], "--guidance: must be not negative"),
+        (["--tolerance", "nan"], "--tolerance: must be not negative"),
         (["--sampler", "newton"], "--sampler"),
         (["--cuda-graph"], "needs a CUDA device"),
         (["--cuda-graph", "--sampler", "jacobi"], "--cuda-graph is for --sampler sequential"),
         (["--out", "/nowhere/g.png"], "folder /nowhere"),
+        (["--out", "g.npz"], "must end in .png"),
+        (["--npz", "CKPT"], "must end in .npz"),
     ],
 )
 def test_bad_flags_are_one_clear_line(checkpoint, flags, expected, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(checkpoint, *flags)
-    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+        run(checkpoint, *(str(checkpoint) if flag == "CKPT" else flag for flag in flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in error and error.count("\n") == 1, error
 
 
 def test_command_line_as_a_user_types_it(checkpoint, tmp_path, run_script):
-    nothing = run_script("sample.py", cwd=tmp_path)
+    shipped = run_script("sample.py", "--num", 10, "--device", "cpu", cwd=tmp_path)
     folder = checkpoint.parent.rename(tmp_path / "runs_shapes")
     (tmp_path / "runs").mkdir()
     folder.rename(tmp_path / "runs" / "shapes")
-    assert nothing.returncode == 1 and "python train.py" in nothing.stderr
+    assert shipped.returncode == 0 and "python train.py" in shipped.stdout
+    assert (tmp_path / "grid.png").exists()
     newest = run_script("sample.py", "--num", 10, "--device", "cpu", cwd=tmp_path)
     assert newest.returncode == 0 and (tmp_path / "runs/shapes/grid.png").exists(), newest.stderr
     info = run_script("sample.py", "runs/shapes/model.pt", "--info", cwd=tmp_path)
@@ -237,36 +242,17 @@ def one_block_at_once(checkpoint):
     return checkpoint
 
 
-def test_jacobi_draws_the_same_pictures_and_says_its_sweeps(one_block_at_once, tmp_path, capsys):
-    base, drawn, said = ("--num", "25", "--batch-size", "10", "--guidance", "1"), {}, {}
+def test_jacobi_makes_the_same_pictures_and_says_its_sweeps(one_block_at_once, tmp_path, capsys):
+    base, made, said = ("--num", "25", "--batch-size", "10", "--guidance", "1"), {}, {}
     jacobi = ("--sampler", "jacobi")
     for name, flags in dict(s=(), j=jacobi, loose=(*jacobi, "--tolerance", "1000")).items():
         run(one_block_at_once, *base, *flags, "--npz", tmp_path / "s.npz")
-        drawn[name], said[name] = pictures(tmp_path / "s.npz"), capsys.readouterr().out
+        made[name], said[name] = pictures(tmp_path / "s.npz"), capsys.readouterr().out
     assert "sweeps" not in said["s"]
     assert "sweeps a batch, deep block first: 3.0, 1.0; token by token: 3" in said["j"]
     assert "sweeps a batch, deep block first: 1.0, 1.0; token by token: 3" in said["loose"]
-    assert abs(drawn["j"] - drawn["s"]).max() <= 1  # a number may fall to the other side of a half
-    assert (drawn["j"] != drawn["s"]).mean() < 1e-3 < (drawn["loose"] != drawn["s"]).mean()
-
-
-@pytest.mark.parametrize("faster", ["sequential", "jacobi"])
-def test_auto_takes_the_faster_sampler_and_says_which(
-    faster, checkpoint, tmp_path, monkeypatch, capsys
-):
-    real, used = sample.draw, []
-
-    def draw(model, indices, classes, options, *rest):
-        used.append((options.sampler, len(indices)))
-        time.sleep(0.0 if options.sampler == faster else 0.3)
-        return real(model, indices, classes, options, *rest)
-
-    monkeypatch.setattr(sample, "draw", draw)
-    flags = ("--sampler", "auto", "--num", "8", "--batch-size", "5", "--npz", tmp_path / "s.npz")
-    run(checkpoint, *flags)
-    assert used[:5] == 3 * [("sequential", 5)] + 2 * [("jacobi", 5)]
-    assert used[5:] == [(faster, 5), (faster, 3)]
-    assert f"--sampler {faster}: a batch of 5 takes" in capsys.readouterr().out
+    assert abs(made["j"] - made["s"]).max() <= 1  # a number may fall to the other side of a half
+    assert (made["j"] != made["s"]).mean() < 1e-3 < (made["loose"] != made["s"]).mean()
 
 
 def test_bfloat16_rounds_the_pictures_a_little(checkpoint, tmp_path):
@@ -280,26 +266,24 @@ def test_bfloat16_rounds_the_pictures_a_little(checkpoint, tmp_path):
 @pytest.mark.parametrize("change", [("--sampler", "jacobi"), ("--tolerance", "1e-3"), ("--bf16",)])
 def test_batches_of_another_sampler_are_not_mixed_in(change, checkpoint, tmp_path, monkeypatch):
     flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
-    calls = interrupt_draw(monkeypatch, 2)
+    calls = interrupt_sampling(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, *flags)
     run(checkpoint, *flags, *change)
     assert len(calls) == 4  # both batches again
 
 
-def test_bar_counts_tokens_of_one_batch_and_batches_of_many(
-    one_block_at_once, tmp_path, monkeypatch, capsys
-):
+def test_the_bar_counts_the_tokens_of_all_batches(one_block_at_once, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    for sampler in ("sequential", "jacobi"):
-        run(one_block_at_once, "--num", "5", "--sampler", sampler, "--npz", tmp_path / "s.npz")
-        assert "tokens: 100%" in (shown := capsys.readouterr().err) and "6/6" in shown
-    run(one_block_at_once, "--num", "5", "--batch-size", "2", "--npz", tmp_path / "s.npz")
-    assert "batches: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+    for flags, tokens in ((), 6), (("--sampler", "jacobi"), 6), (("--batch-size", "2"), 18):
+        run(one_block_at_once, "--num", "5", *flags, "--npz", tmp_path / "s.npz")
+        assert (
+            "tokens: 100%" in (shown := capsys.readouterr().err) and f"{tokens}/{tokens}" in shown
+        )
 
 
 # --------------------------------------------------------------------------------------------------
-# Faster paths
+# CUDA graphs
 
 
 @pytest.fixture
@@ -310,33 +294,6 @@ def flow():
 def noise_and_labels(count, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 6, 4, generator=generator), torch.arange(count) + seed % 2
-
-
-@pytest.mark.parametrize("sampler", ["sequential", "jacobi"])
-def test_compiled_layers_find_the_same_latents_without_a_program_a_token(flow, sampler):
-    torch._dynamo.reset()
-    u, labels = noise_and_labels(3, 0)
-    plain = flow.inverse(u, labels, 1.5, sampler=sampler)
-    sample.compile_layers(argparse.Namespace(flow=flow))
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled = flow.inverse(u, labels, 1.5, sampler=sampler)
-    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
-    # Two pieces, for batches with and without guidance; jacobi's windows have any length.
-    assert programs == 4 if sampler == "sequential" else 4 <= programs <= 12
-
-
-def test_compile_on_the_command_line(checkpoint, tmp_path, monkeypatch):
-    flags = ("--num", "12", "--batch-size", "6", "--npz")
-    run(checkpoint, *flags, tmp_path / "plain.npz")
-    run(checkpoint, *flags, tmp_path / "compiled.npz", "--compile")
-    assert abs(pictures(tmp_path / "compiled.npz") - pictures(tmp_path / "plain.npz")).max() <= 1
-    # A machine without a C++ compiler, and nothing left from one that had it.
-    command = (sys.executable, ROOT / "sample.py", checkpoint, "--device", "cpu", "--compile")
-    environment = {**ENVIRONMENT, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and "leave --compile out" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
 
 
 class Recorder(TorchDispatchMode):
@@ -408,10 +365,10 @@ def test_recorded_sets_are_the_plain_ones(checkpoint, tmp_path, recorded, monkey
     pretended = argparse.Namespace(type="cuda", index=0)  # passes the check, then is a CPU again
 
     def select(name):
-        monkeypatch.setattr(sample, "start_processes", lambda device: None)
+        monkeypatch.setattr(runs, "start_processes", lambda device: None)
         return pretended
 
-    monkeypatch.setattr(sample, "select_device", select)
+    monkeypatch.setattr(runs, "select_device", select)
     monkeypatch.setattr(sample, "load_checkpoint", lambda path, _: train.load_checkpoint(path))
     run(checkpoint, *flags, "--cuda-graph", "--npz", tmp_path / "graph.npz")
     assert len(recorded) == 1  # five batches, of them the last one smaller
@@ -435,7 +392,7 @@ def test_a_cuda_graph_gives_what_the_plain_path_gives(flow, bf16):
 @pytest.mark.parametrize("phase", ["joint", "decoder"])
 def test_bfloat16_weights_are_cast_once_a_batch(phase, tiny, tmp_path):
     """Autocast keeps its copies only of weights that may need gradients: phase 2 froze some."""
-    model = randomize(train.MIMFlow(replace(tiny, phase=phase), tuple(train.SHAPES)))
+    model = randomize(train.MIMFlow(replace(tiny, phase=phase), SHAPES))
     model = train.load_checkpoint(write_checkpoint(model.config, model))
     weights, casts = {id(p): name for name, p in model.flow.named_parameters()}, []
 
@@ -447,7 +404,7 @@ def test_bfloat16_weights_are_cast_once_a_batch(phase, tiny, tmp_path):
 
     options = sample.parse_arguments(["--bf16", "--guidance", "1"])
     with Casts():
-        sample.draw(model, range(3), [0], options)
+        sample.sample_batch(model, range(3), [0], options)
     assert len(casts) == len(set(casts)) > 20
 
 

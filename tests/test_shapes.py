@@ -14,7 +14,6 @@ what it met first. FACTS fixes some for all calls, and sizes differ, so that a s
 place does not fit.
 """
 
-import argparse
 import ast
 import re
 import sys
@@ -37,50 +36,51 @@ import losses
 import sample
 import spectral
 import train
+from common import data
+from common.inception import inception_features, load_inception
+from common.weights import RANDOM
 
-MODULES = ("encoder", "decoder", "flow", "losses", "train", "spectral", "sample", "evaluate")
+FILES = {path.stem: path for path in (*ROOT.glob("*.py"), *ROOT.glob("common/[a-z]*.py"))}
 SYMBOLS = (
-    "B C C_t D H K N N_ R S T W d g h hd m n p w batch channels classes cols corners depth "
-    "dimension grid head_dim heads kinds length num_patches num_tokens rows share side size width"
+    "B C C_t D H K M N N_ R S T V W d g h hd m n p w batch buffer channels classes cols corners "
+    "count depth dimension grid head_dim heads kinds length num_patches num_tokens rows share side "
+    "size width"
 ).split()
 NOT_SHAPES = {
     "(x, y) (x, x_hat) (mu, alpha) (u, logdet) (z, labels) (j, j + hd/2)": "tuples of values",
     "(Attention, MLP, Block) (sigma, masks) (forward, backward, ...)": "lists in words",
-    "(seed, i) (seed, i, 0) (seed, n) (seed, s) (seed, step) (seed, epoch, index)": "seeds",
+    "(seed, i) (seed, i, 0) (seed, i, 2) (seed, n) (seed, s) (seed, step)": "seeds",
     "(epoch, index) (image, label)": "keys and items of a dataset",
-    "(height, width) (channels, kernel, stride)": "settings of a convolution",
     "(row, column) (row, column, colour) (17, 17, 7) (7, 17, 17)": "orders of axes",
-    "(0, 0) (0, I) (sigma_c/sigma_null, 1)": "a mask ratio or a place, a Gaussian, min's arguments",
+    "(0, 0) (0, I) (0, 1)": "a mask ratio or a place, Gaussians, ranges",
+    "(x, tau, h) (x_tau, tau, h) (mu, sigma and mu_s, sigma_s)": "arguments, names",
 }
 NOT_SHAPES = [shape for line in NOT_SHAPES for shape in re.findall(r"\([^()]*\)", line)]
 STATED_AGAIN = {  # claims that nothing here can see: where they are asserted in other words
     "flow (depth, 2, B, heads, num_tokens, hd)": "no line makes it; below",
-    "spectral.InverseJacobian.__init__ (B, K, d)": "in a list, empty when the line runs; below",
-    "train.JointTraining.forward (number of blocks,)": "in a dictionary; below",
-    "evaluate.reconstruction.work (B,)": "in a dictionary; test_evaluate.py",
-    "evaluate.compare_pictures (B,)": "in a dictionary; test_evaluate.py",
-    "evaluate.compare_pictures (B, 2048)": "in a dictionary; test_evaluate.py",
-    "sample.write_npz (n, H, W, 3)": "in a file; test_sample.py",
-    "sample.write_npz (n,)": "in a file; test_sample.py",
+    "data.training_loader (share, 3, H, W)": "of its batches; the loop has it too",
+    "data.training_loader (share,)": "the same",
+    "data.write_npz (n, H, W, 3)": "in a file; test_sample.py",
+    "data.write_npz (n,)": "in a file; test_sample.py",
+    "measuring.look (B, ...)": "in a dictionary with names of its caller; test_evaluate.py",
+    "measuring.look (n, ...)": "the same",
+    "evaluate (N, 2023)": "sFID's features; common/inception.py has them as (B, 2023)",
+    "evaluate (B,)": "labels of a batch; common/data.py has them as (n,)",
 }
 MEANT = {  # (function, how the text before a shape ends): the arguments or the result it means
     ("flow.KeyValueCache.append", "keys and values"): "new",
     ("flow.jacobi", "u -> x,"): "u result",
     ("flow.NormalizingFlow.inverse", "noise"): "u",
     ("losses.discriminator_loss", "two times"): "real_logits fake_logits",
+    ("emigm.MaskedPrior.sample", "u and order"): "order",
     ("spectral.ConjugateGradients.__init__", "eps"): "shift",
-    ("spectral.dot", "products of"): "a b",
     ("evaluate.frequency_errors", "x_hat"): "error",
     ("evaluate.peak_signal_to_noise", "uint8"): "a b",
     ("evaluate.neighbour_radii", "each row of"): "features",
     ("evaluate.precision_recall", "pool features"): "samples",
     ("evaluate.precision_recall", "2048),"): "reference",
-    ("evaluate.train_probes", "name ->"): "train_set",
-    ("evaluate.train_probes", "labels"): "train_labels",
     ("evaluate.frechet_distance", "means"): "mu1 mu2",
     ("evaluate.frechet_distance", "covariances"): "sigma1 sigma2",
-    ("evaluate.compare_pictures", "x_hat"): "images decoded",
-    ("evaluate.summary", "log p"): "nats",
 }
 
 
@@ -189,8 +189,7 @@ class Source:
         self.fields: dict[str, dict[str, Claim]] = defaultdict(dict)  # of NamedTuples
         self.results: dict[str, list[Claim]] = {}  # of classes
         self.text: list[Claim] = []
-        for module in MODULES:
-            path = ROOT / f"{module}.py"
+        for module, path in FILES.items():
             with tokenize.open(path) as stream:
                 tokens = list(tokenize.generate_tokens(stream.readline))
             self.comments = {
@@ -325,6 +324,9 @@ class Call:
             self.met_in_loop[self.statement] |= met.keys()
         return None if todo else True
 
+    def may_be(self, claim: Claim, part: Any) -> bool:
+        return part is None or self.fits(claim, tuple(leaves(part)[0].shape)) is not False
+
     def check(self, claim: Claim, values: Any) -> bool:
         """Compare all tensors in `values` with a claim; False if that could not be decided yet."""
         if claim.key in STATED_AGAIN:
@@ -379,7 +381,9 @@ class Call:
         if self.frame.f_code.co_name in ("forward", "__getitem__"):
             for kind in type(self.given.get("self")).__mro__:
                 claims = claims + self.checker.source.results.get(full_name(kind), [])
-        parts = [x for x in (value if isinstance(value, tuple) else [value]) if leaves(x)]
+        parts = [
+            x for x in (value if isinstance(value, tuple) else [value]) if x is None or leaves(x)
+        ]
         for number, claim in enumerate(claims):
             if claim.each:
                 self.check(claim, parts)
@@ -387,7 +391,7 @@ class Call:
                 self.check(claim, value.get(claim.word))
             elif parts:  # in order; a part of which nothing is said is passed
                 spare = len(parts) - len(claims) + number
-                while spare > 0 and self.fits(claim, tuple(leaves(parts[0])[0].shape)) is False:
+                while spare > 0 and not self.may_be(claim, parts[0]):
                     parts, spare = parts[1:], spare - 1
                 self.check(claim, parts[0])
                 parts = parts[1:] or parts
@@ -395,7 +399,7 @@ class Call:
 
 
 def full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__name__}"
+    return f"{kind.__module__.removeprefix('common.')}.{kind.__name__}"
 
 
 class Checker:
@@ -438,20 +442,23 @@ class Checker:
 # Running everything
 
 SIZES = dict(image_size=24, patch_size=8, width=84, depth=2, heads=7, num_latents=5, latent_dim=6)
-SIZES |= dict(flow_width=39, flow_depths=(1, 2), flow_head_dim=13, num_classes=10, drop_path=0.1)
+SIZES |= dict(emigm_width=60, emigm_heads=4, emigm_depths=(1, 2), emigm_buffer=3, emigm_steps=3)
+SIZES |= dict(emigm_head=(56, 2), emigm_interval=(0.0, 1.0), num_classes=10, drop_path=0.1)
+SIZES |= dict(flow_width=39, flow_depths=(1, 2), flow_head_dim=13)
 BATCH = 11
 FACTS = {
     "": dict(K=5, d=6, N=9),
     **dict.fromkeys(("encoder", "decoder"), dict(C=84, p=8, g=3, hd=12)),
     "flow": dict(C=39, hd=13),
+    "emigm": dict(C=60, W=56, R=4),
     "spectral": dict(D=30),
 }
 CPU = torch.device("cpu")
 
 
 def small_config(**options: Any) -> train.Config:
-    config = train.Config(**{"preset": "shapes", **train.PRESETS["shapes"], **SIZES})
-    return replace(config, mask_warmup=0, num_workers=0, device="cpu", **options)
+    config = train.preset_config("shapes", **SIZES)
+    return replace(config, mask_warmup=0, device="cpu", **options)
 
 
 def run_the_model(checker: Checker, out: Path) -> None:
@@ -465,8 +472,15 @@ def run_the_model(checker: Checker, out: Path) -> None:
     for flags in ("--npz s.npz", "--out s.png"):
         flags = f"{out / 'one/model.pt'} --num 4 --batch-size 3 --device cpu {flags}"
         sample.main(sample.parse_arguments(flags.split()))
-    flags = f"{out / 'one/model.pt'} --images 4 --check --tolerance 1e-3 --device cpu"
+    flags = f"{out / 'one/model.pt'} --images 3 --tolerance 1e-3 --device cpu"
     spectral.main(spectral.parse_arguments(flags.split()))
+
+    third = dict(
+        prior="emigm", freeze_autoencoder=True, init=second["init"], out=str(out / "three")
+    )
+    train.main(replace(config, **third))
+    flags = f"{out / 'three/model.pt'} --num 4 --batch-size 3 --device cpu --out s.png"
+    sample.main(sample.parse_arguments(flags.split()))
 
     checker.facts = {**FACTS, "": {**FACTS[""], "B": BATCH}}
     model = randomize(train.MIMFlow(config))
@@ -479,17 +493,15 @@ def run_the_model(checker: Checker, out: Path) -> None:
     z = model.denoise(z, labels)
     losses.pixel_loss(images, images, draws.mask, 5.0)
     # Guidance makes one batch of 2 B out of two, for the functions below this one.
-    checker.facts = {**FACTS, "flow.AutoregressiveBlock.inverse.predict": dict(B=BATCH)}
+    checker.facts = {**FACTS, "flow.Predictor": dict(B=BATCH)}
     for rule in ("tarflow", "starflow"):
         model.sample(z, labels, 1.0, rule=rule)
     checker.facts = FACTS
     keep, z = torch.arange(BATCH) != 1, z.double()
-    for kind in (spectral.InverseJacobian, spectral.Jacobian):
-        jacobian = kind(model.double().flow, z, labels)
-        less = jacobian.rows(keep)
+    jacobian = spectral.Jacobian(model.double().flow, z, labels)
     solver = spectral.ConjugateGradients(jacobian, torch.ones(BATCH).double(), 3)
     solver.solve(torch.randn(BATCH, 30).double(), torch.zeros(BATCH))
-    solver.restrict(less, keep)
+    solver.restrict(jacobian.rows(keep), keep)
 
 
 def run_the_judges(checker: Checker, out: Path) -> None:
@@ -500,41 +512,39 @@ def run_the_judges(checker: Checker, out: Path) -> None:
     judge = losses.PatchDiscriminator()
     losses.discriminator_loss(judge(wide[0]), judge(wide[1]))
     losses.generator_loss(judge(wide[0]))
-    losses.Perceptual("random", "random")(*wide)
+    losses.Perceptual(RANDOM)(*wide)
     checker.facts = {"": dict(B=3, N=4, g=2)}
-    for name in losses.TEACHERS:
-        losses.make_teacher(name, losses.RANDOM, 2)(torch.randn(3, 3, 24, 24))
+    for name, teacher in losses.TEACHERS.items():
+        teacher(*([] if name == "hog" else [RANDOM]), grid=2)(torch.randn(3, 3, 24, 24))
 
 
 def run_the_measures(checker: Checker, out: Path) -> None:
     """evaluate.py's commands on the model; its numbers of generation on few pictures."""
-    checker.facts = FACTS
-    checkpoint, flags = out / "one/model.pt", "--num 4 --batch-size 3 --device cpu"
+    checkpoint, flags = out / "one/model.pt", "--num 3 --batch-size 3 --device cpu"
+    checker.facts = {**FACTS, "evaluate.moments": dict(N=3)}  # pictures, not patches
     for command in (
-        f"reconstruction {checkpoint} --vgg random --inception missing.pth",
-        f"probe {checkpoint} --num-train 5 --epochs 1",
-        f"likelihood {checkpoint}",
-        f"map {checkpoint}",
+        f"reconstruction {checkpoint} {flags} --vgg random --inception random",
+        f"probe {checkpoint} {flags} --num-train 5 --epochs 1",
+        f"likelihood {checkpoint} {flags}",
+        f"map {checkpoint} {flags} --num 5",
+        f"cost {checkpoint} --batch-size 3 --batches 3 --tokens 5 --runs 1 --device cpu",
     ):
-        evaluate.main(evaluate.parse_arguments(f"{command} {flags}".split()))
+        evaluate.main(evaluate.parse_arguments(command.split()))
     checker.facts = {}
-    timing = argparse.Namespace(device=CPU, batch_size=3, tokens=(4,), runs=1)
-    evaluate.time_tokens(small_config(), timing)
     pictures = np.random.default_rng(0).integers(0, 255, (6, 20, 30, 3), dtype=np.uint8)
     statistics = {"mu": 2048, "sigma": (2048, 2048), "mu_s": 2023, "sigma_s": (2023, 2023)}
     np.savez("a.npz", pictures, **{name: np.zeros(size) for name, size in statistics.items()})
-    data = evaluate.PictureSet(Path("a.npz"))
-    data.statistics()
-    network = evaluate.load_inception("random", CPU)[0]
-    pool, spatial = evaluate.inception_features(network, data[range(2)])
-    evaluate.MeasuredSet(data, evaluate.stack([pool], "a"), spatial).lacks("precision")
-    evaluate.inception_score(network, pool)
+    given = data.PictureSet(Path("a.npz"))
+    given.statistics()
+    network = load_inception("random", CPU)[0]
+    pool, spatial = inception_features(network, given[range(2)])
+    evaluate.inception_score(network, torch.from_numpy(pool))
     moments = evaluate.moments(pool[:, :7])
     evaluate.frechet_distance(*moments, *moments)
     evaluate.precision_recall(torch.randn(4, 2048), torch.randn(5, 2048))
     (out / "pictures").mkdir()
-    train.save_png(torch.zeros(3, 3, 20, 30), 3, out / "pictures/a.png")
-    evaluate.PictureSet(out / "pictures")[range(1)]
+    data.save_png(torch.zeros(3, 3, 20, 30), 3, out / "pictures/a.png")
+    data.PictureSet(out / "pictures")[range(1)]
 
 
 @pytest.fixture(scope="module")
@@ -545,12 +555,13 @@ def checker(tmp_path_factory) -> Checker:
     out, checker = tmp_path_factory.mktemp("shapes"), Checker()
     with pytest.MonkeyPatch.context() as patch, checker:
         patch.chdir(out)
+        patch.setattr(train, "FITTED", 64)
         run_the_model(checker, out)
         run_the_judges(checker, out)
         run_the_measures(checker, out)
         encoder.sincos_positions(3, 4, 84)
-        train.regular_polygon(5, 1.0)
-        train.draw_shape(0, np.random.default_rng(0), 20)
+        data.regular_polygon(5, 1.0)
+        data.render_shape(0, np.random.default_rng(0), 20)
     return checker
 
 
@@ -598,17 +609,15 @@ def test_shapes_that_nothing_here_can_see_are_as_told():
     assert cache.buffer.shape == (2, 2, 3, 7, 5, 11)
     config = small_config(batch_size=3)
     model = train.MIMFlow(config)
-    training = train.JointTraining(model, train.FrozenNetworks(None, {}))
+    training = train.JointTraining(model, losses.FrozenNetworks(None, {}))
     draws = train.draw_randomness(config, 0, CPU)
     loss, logs, _ = training(torch.zeros(3, 3, 24, 24), torch.arange(3), draws, 1.0)
     assert logs.pop("block_mean_square").shape == (2,)
     assert {x.shape for x in (loss, *logs.values())} == {()}
-    inverse = spectral.InverseJacobian(model.flow, torch.zeros(3, 5, 6), torch.arange(3))
-    assert [diagonal.shape for *_, diagonal in inverse.factors] == 2 * [(3, 5, 6)]
 
 
 def test_the_tables_of_exceptions_name_only_what_there_is(checker):
     assert STATED_AGAIN.keys() <= {claim.key for claim in checker.source.text}
-    text = normal(" ".join((ROOT / f"{name}.py").read_text() for name in MODULES))
+    text = normal(" ".join(path.read_text() for path in FILES.values()))
     assert not [shape for shape in NOT_SHAPES if shape not in text]
     assert {function for function, _ in MEANT} <= {claim.where for claim in checker.source.claims}

@@ -8,10 +8,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from inverse_jacobian import InverseJacobian, sigma_min_by_inverse
+from PIL import Image
 from torch import Tensor
 
 import spectral
 import train
+from common.data import SHAPES, Pictures
 from flow import NormalizingFlow
 
 VARIANTS = {
@@ -19,11 +22,6 @@ VARIANTS = {
     "softplus": dict(gated=True, scale="softplus"),
     "starflow": dict(gated=False, scale="softplus"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def random_flow(seed: int = 0, std: float = 0.1, **options) -> NormalizingFlow:
@@ -151,6 +149,17 @@ def test_the_shift_does_not_enter_the_values():
     assert relative_error(found.sigma_min, expected) < 1e-6
 
 
+def test_the_shift_is_in_units_of_the_largest_value_squared():
+    values, z = torch.logspace(0, -2, 24, dtype=torch.float64), torch.zeros(1, 6, 4).double()
+    plain, large = (
+        spectral.singular_extremes(linear_map(scale * values, 6), z, shift=1e-3)
+        for scale in (1.0, 1024.0)
+    )
+    assert torch.equal(large.sigma_min, 1024 * plain.sigma_min)
+    assert plain.iterations_min > 1 and torch.equal(large.iterations_min, plain.iterations_min)
+    assert torch.equal(large.cg_steps, plain.cg_steps)
+
+
 def test_fresh_flow_is_the_identity():
     flow, (z, _) = random_flow(std=0.0), random_latents(2)
     found = spectral.singular_extremes(flow, z)
@@ -180,7 +189,7 @@ def test_batch_of_8_is_8_single_runs():
     for name in ("sigma_max", "sigma_min"):
         expected = torch.cat([getattr(one, name) for one in alone])
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-9, atol=0)
-    for name in ("iterations_max", "iterations_min"):
+    for name in ("iterations_max", "iterations_min", "cg_steps"):
         assert getattr(together, name).tolist() == [getattr(one, name).item() for one in alone]
 
 
@@ -228,22 +237,41 @@ def test_conjugate_gradients_solve_and_remember():
     assert solver.steps.tolist() == steps  # all of it was known
     torch.testing.assert_close(again, w, rtol=1e-6, atol=1e-6)
 
+    keep = torch.tensor([False, True, True])
+    solver.restrict(jacobian.rows(keep), keep)
+    w = solver.solve(-b[:2], torch.full((2,), 1e-9, dtype=torch.float64))
+    for i in range(2):
+        system = matrix.T @ matrix + shift[i + 1] * unit
+        torch.testing.assert_close(w[i], torch.linalg.solve(system, -b[i]), rtol=1e-6, atol=1e-6)
+
+
+def test_orthogonalize_leaves_nothing_of_the_span_where_one_round_does():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 12, 5, generator=generator, dtype=torch.float64))[0].mT
+    new = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    v = basis.sum(dim=1) + 1e-9 * new  # nearly all of it lies in the span
+    once = spectral.normalize(v - spectral.project(v, basis, basis))
+    found = spectral.orthogonalize(v, basis, basis)
+    assert (basis @ once[..., None]).abs().max() > 1e-9
+    assert (basis @ found[..., None]).abs().max() < 1e-14
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, dtype=torch.float64))
+    # Where rows are not the basis: conjugate directions, rows_i . onto_j = 1 if i = j else 0.
+    rows = torch.linalg.pinv(basis + 0.1 * new[:, None]).mT
+    found = spectral.orthogonalize(v, rows, basis + 0.1 * new[:, None])
+    assert (rows @ found[..., None]).abs().max() < 1e-8
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_exact_inverse_undoes_the_jacobian(variant):
-    flow, (z, labels) = random_flow(5, **VARIANTS[variant]), random_latents(2)
-    v = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    jacobian = spectral.Jacobian(flow, z, labels)
-    inverse = spectral.InverseJacobian(flow, z, labels)
+def test_smallest_value_is_that_of_the_exact_inverse(variant):
+    """In a way that has nothing in common with Eq. 10, and shown to be the inverse."""
+    flow, (z, labels) = random_flow(5, std=0.15, **VARIANTS[variant]), random_latents(3)
+    v = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    jacobian, inverse = spectral.Jacobian(flow, z, labels), InverseJacobian(flow, z, labels)
     torch.testing.assert_close(inverse.times(jacobian.times(v)), v, rtol=1e-9, atol=1e-9)
     undone = inverse.transposed_times(jacobian.transposed_times(v))
     torch.testing.assert_close(undone, v, rtol=1e-9, atol=1e-9)
-
-
-def test_check_by_the_inverse_gives_the_smallest_value():
-    flow, (z, labels) = random_flow(6, std=0.15), random_latents(3)
-    expected = dense_singular_values(flow, z, labels)[:, -1]
-    assert relative_error(spectral.sigma_min_by_inverse(flow, z, labels), expected) < 1e-6
+    found = spectral.singular_extremes(flow, z, labels).sigma_min
+    assert relative_error(found, sigma_min_by_inverse(flow, z, labels)) < 1e-6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,6 +284,13 @@ def test_too_few_iterations_are_reported_per_image():
     assert found.converged.tolist() == [False, False, False]
     assert (found.residual_max > 1e-6).all() and (found.residual_min > 1e-6).all()
     assert found.iterations_max.tolist() == [2, 2, 2]
+
+
+def test_converged_is_said_only_of_both_ends():
+    values = torch.cat((torch.tensor([100.0]), torch.linspace(1, 0.9, 23))).double()
+    z = torch.zeros(1, 6, 4, dtype=torch.float64)
+    found = spectral.singular_extremes(linear_map(values, 6), z, max_iterations=4)
+    assert found.residual_max < 1e-6 < found.residual_min and not found.converged.any()
 
 
 def test_progress_counts_every_value_once():
@@ -300,11 +335,11 @@ def save_checkpoint(path, weights=lambda name: True, **changes) -> train.MIMFlow
     tiny = dict(width=32, depth=1, heads=2, num_latents=4, latent_dim=2, num_classes=10)
     tiny |= dict(flow_width=16, flow_depths=(1, 1), flow_head_dim=8, image_size=16)
     config = train.Config(**{**train.PRESETS["shapes"], **tiny, **changes}, preset="shapes")
-    model = train.MIMFlow(config, tuple(train.SHAPES))
+    names = list(SHAPES)[: config.num_classes]
+    model = train.MIMFlow(config, tuple(names))
     for block in model.flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)
     state = {name: x for name, x in model.state_dict().items() if weights(name)}
-    names = list(train.SHAPES)
     values = dict(format=1, step=7, config=asdict(config), class_names=names, model=state)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(values, path)
@@ -317,32 +352,34 @@ def run(*arguments) -> None:
 
 def test_command_writes_numbers_that_are_those_of_the_dense_svd(tmp_path, capsys):
     model = save_checkpoint(tmp_path / "a" / "model.pt").double()
-    run(tmp_path / "a" / "model.pt", "--images", 5, "--batch-size", 2, "--check", "--per-block")
+    run(tmp_path / "a" / "model.pt", "--images", 5, "--batch-size", 2, "--per-block")
     report = json.loads((tmp_path / "a" / "spectral.json").read_text())
     (result,) = report["checkpoints"]
     images = result["images"]
     assert report["protocol"]["dtype"] == "torch.float64"
     assert result["step"] == 7 and result["dimension"] == 8 and result["not_converged"] == []
     assert all(len(column) == 5 for column in images.values())
-    assert len(set(images["index"])) == 5
+    assert images["index"] == sorted(set(images["index"])) and max(images["index"]) > 5
     assert images["label"] == [i % 10 for i in images["index"]]  # the true class
-    assert max(result["check"]["relative_difference"]) < 1e-6
-    assert len(result["check"]["sigma_min_by_inverse"]) == spectral.CHECK_IMAGES
+    assert result["labels"] == "true class"
     assert [len(block["images"]["sigma_min"]) for block in result["blocks"]] == [5, 5]
 
-    pictures = spectral.choose_pictures(tmp_path, model, None, 5, seed=0)
-    z, labels = spectral.encode(model, pictures, slice(0, 5), 0, torch.device("cpu"))
+    z, labels = spectral.encode(model, Pictures(None, 16, num=5), range(5), seed=0)
     values = dense_singular_values(model.flow, z, labels)
     assert relative_error(torch.tensor(images["sigma_max"]), values[:, 0]) < 1e-6
     assert relative_error(torch.tensor(images["sigma_min"]), values[:, -1]) < 1e-6
     assert np.mean(values[:, -1]) == pytest.approx(result["summary"]["sigma_min"]["mean"])
-    blocks = dense_singular_values(model.flow.blocks[0], z, labels)
-    assert np.allclose(result["blocks"][0]["images"]["sigma_max"], blocks[:, 0], rtol=1e-6)
+    inputs = (z, model.flow.blocks[0](z, labels)[0])
+    for block, x, found in zip(model.flow.blocks, inputs, result["blocks"], strict=True):
+        expected = dense_singular_values(block, x.detach(), labels)
+        assert np.allclose(found["images"]["sigma_max"], expected[:, 0], rtol=1e-6)
+        assert np.allclose(found["images"]["sigma_min"], expected[:, -1], rtol=1e-6)
 
     printed = capsys.readouterr().out
-    assert "sigma_min" in printed and "block 2" in printed and "check:" in printed
+    assert "sigma_min" in printed and "block 2 sigma_min" in printed and "NOT" not in printed
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, where names leave no room
 def test_two_checkpoints_side_by_side_see_the_same_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     paths = [tmp_path / name / "model.pt" for name in ("ours", "baseline")]
@@ -374,41 +411,53 @@ def test_what_did_not_converge_is_printed_and_written(tmp_path, capsys):
 
 def test_latents_are_masked_noised_and_the_same_in_any_batches(tmp_path):
     model = save_checkpoint(tmp_path / "model.pt").double()
-    pictures = spectral.choose_pictures(tmp_path, model, None, 4, seed=3)
-    cpu = torch.device("cpu")
-    z, labels = spectral.encode(model, pictures, slice(0, 4), 3, cpu)
-    halves = [spectral.encode(model, pictures, slice(i, i + 2), 3, cpu)[0] for i in (0, 2)]
+    pictures = Pictures(None, 16, num=4, seed=3)
+    z, labels = spectral.encode(model, pictures, range(4), seed=3)
+    halves = [spectral.encode(model, pictures, range(i, i + 2), seed=3)[0] for i in (0, 2)]
     torch.testing.assert_close(z, torch.cat(halves), rtol=1e-10, atol=1e-10)
     assert z.dtype == torch.float64 and z.shape == (4, 4, 2)
+    assert (z - spectral.encode(model, pictures, range(4), seed=4)[0]).abs().max() > 0.1
 
     model.config.sigma = 0.0  # no noise: what differs from the open picture is the mask
-    masked, _ = spectral.encode(model, pictures, slice(0, 4), 3, cpu)
-    images = torch.stack([pictures.dataset[i][0] for i in pictures.indices]).double()
-    assert (masked - model.encoder(images)).abs().max() > 1e-3
+    masked, _ = spectral.encode(model, pictures, range(4), seed=3)
+    images, *_ = pictures[range(4)]
+    assert (masked - model.encoder(images.double())).abs().max() > 1e-3
     assert 0.1 < (z - masked).std() < 0.6  # sigma = 0.3
 
 
-def test_pictures_without_classes_are_unconditional(tmp_path):
-    from PIL import Image
-
+def test_without_classes_in_the_pictures_or_in_the_run_all_is_unconditional(tmp_path):
     for i in range(3):
-        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    model = save_checkpoint(tmp_path / "model.pt").double()
-    pictures = spectral.choose_pictures(tmp_path, model, str(tmp_path), 3, seed=0)
-    _, labels = spectral.encode(model, pictures, slice(0, 3), 0, torch.device("cpu"))
-    assert labels.tolist() == [-1, -1, -1]
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    save_checkpoint(tmp_path / "model.pt")
+    run(tmp_path / "model.pt", "--images", 3, "--data", tmp_path / "flat")
+    save_checkpoint(tmp_path / "none" / "model.pt", num_classes=0)
+    run(tmp_path / "none" / "model.pt", "--images", 3)
+    for folder in (tmp_path, tmp_path / "none"):
+        (result,) = json.loads((folder / "spectral.json").read_text())["checkpoints"]
+        assert result["labels"] == "unconditional" and result["images"]["label"] == [-1, -1, -1]
+
+
+def test_pictures_of_other_classes_are_refused(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "0.png")
+    save_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "model.pt", "--images", 1, "--data", tmp_path / "data")
+    assert end.value.code == 1 and "other classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
-        (["--shift", "0"], 2, "--shift must be positive"),
-        (["--shift", "-1"], 2, "--shift must be positive"),
-        (["--tolerance", "0"], 2, "--tolerance must be positive"),
-        (["--images", "0"], 2, "--images must be positive"),
-        (["--images", "2001"], 2, "--images 2001 is more than"),
+        (["--shift", "0"], 2, "--shift: must be positive"),
+        (["--max-iterations", "0"], 2, "--max-iterations: must be positive"),
+        (["--tolerance", "0"], 2, "--tolerance: must be positive"),
+        (["--images", "0"], 2, "--images: must be positive"),
+        (["--images", "2001"], 2, "2001 pictures asked for"),
         (["--out", "numbers.txt"], 2, "must end in .json"),
-        (["--out", "missing/numbers.json"], 2, "does not exist"),
+        (["--out", "missing/numbers.json"], 2, "folder missing"),
         (["--data", "missing"], 1, "no data folder missing"),
     ],
 )
@@ -432,7 +481,7 @@ def test_checkpoint_without_a_flow_is_one_clear_line(tmp_path, capsys):
 def test_diverged_checkpoint_is_one_clear_line(tmp_path, capsys):
     save_checkpoint(tmp_path / "model.pt")
     checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
-    checkpoint["model"]["flow.blocks.0.proj_out.bias"].fill_(float("inf"))
+    checkpoint["model"]["flow.blocks.0.proj_out.bias"].fill_(-1e4)  # exp(-alpha) overflows
     torch.save(checkpoint, tmp_path / "model.pt")
     with pytest.raises(SystemExit):
         run(tmp_path / "model.pt", "--images", 1)

@@ -1,0 +1,664 @@
+"""Pictures in and out: the built-in ones, folders, .npz files; ADM's crop; the order of training;
+grids.
+
+A dataset has `class_names`, `labels` (n,) and `__len__`, and gives (image, label) for `dataset[i]`
+and for `dataset[epoch, i]`, the training picture, which may be augmented. Images are float32
+(3, H, W) in [-1, 1], labels int, -1 = none. A picture that cannot be read raises BrokenImage.
+"""
+
+import colorsys
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import hflip, pil_to_tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common.runs import (
+    TIMEOUT,
+    InputError,
+    fail,
+    file_sha256,
+    ignore_signals,
+    printable,
+    progress,
+    rank,
+    say,
+    world_size,
+    write_file,
+)
+
+SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
+MAX_ASPECT = 64  # the centre of a longer picture is all that is looked at
+SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
+MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
+
+
+# What is read as a picture. EPS, for one, is left out: PIL would hand it to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+class BrokenImage(InputError):
+    """A picture that cannot be decoded; the message has its path."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
+    return from_uint8(pil_to_tensor(picture))
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 [0, 255], rounded to the nearest, any shape; out of range is clamped."""
+    # 127.5 x + 127.5 is the value, and cutting off 0.5 more rounds it.
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# The built-in pictures: ten shapes, rendered on the fly, nothing to download
+
+
+def regular_polygon(
+    corners: int, radius: float, start: float = 90.0, shift: float = 0.0
+) -> np.ndarray:
+    """Corners (corners, 2) as (x, y), y downwards, first at `start` degrees, shifted along x."""
+    angle = np.radians(start + 360.0 * np.arange(corners) / corners)
+    return np.stack((radius * np.cos(angle) + shift, -radius * np.sin(angle)), axis=1)
+
+
+T = np.linspace(0, 2 * math.pi, 48, endpoint=False)  # the heart is a curve of this angle
+HEART_Y = 13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)
+STAR = (regular_polygon(5, 1.1), regular_polygon(5, 0.45, start=126))  # its tips, and between
+CROSS_ARM = np.array(((-0.34, -1), (0.34, -1), (0.34, -0.34)))  # a quarter of the corners
+QUARTER_TURN = np.array(((0, 1), (-1, 0)))  # (x, y) -> (-y, x)
+ARROW = ((-1, -0.3), (0, -0.3), (0, -0.9), (1.1, 0), (0, 0.9), (0, 0.3), (-1, 0.3))
+
+# Class name -> polygons about the origin, radius about 1: the first is filled, the second cut out.
+SHAPES: dict[str, list[np.ndarray]] = {
+    "circle": [regular_polygon(48, 0.95)],
+    "square": [regular_polygon(4, 1.2, start=45)],
+    "triangle": [regular_polygon(3, 1.2) + (0, 0.2)],
+    "star": [np.stack(STAR, axis=1).reshape(10, 2)],
+    "cross": [
+        np.concatenate([CROSS_ARM @ np.linalg.matrix_power(QUARTER_TURN, t) for t in range(4)])
+    ],
+    "ring": [regular_polygon(48, 1.0), regular_polygon(48, 0.55)],
+    "heart": [np.stack((np.sin(T) ** 3, -(HEART_Y + 2) / 16), axis=1)],
+    "moon": [regular_polygon(48, 1.0, shift=-0.15), regular_polygon(48, 0.85, shift=0.35)],
+    "bar": [np.array(((-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)))],
+    "arrow": [np.array(ARROW)],
+}
+
+
+def render_shape(
+    label: int, rng: np.random.Generator, size: int, hue: float | None = None
+) -> Image.Image:
+    """One picture (size x size, RGB) of class `label`: a bright shape on a dark textured ground.
+
+    Place, size, tilt, colours and textures vary with `rng`. Each class has a typical hue, as real
+    classes do, with some spread; `hue` in [0, 1) overrides it (a classifier that must judge
+    shape, not colour, is trained on random hues).
+    """
+    # Coverage of each pixel by the shape: polygons too large, then averaged.
+    side = size * SUPERSAMPLE
+    radius, tilt = rng.uniform(0.36, 0.44) * side, math.radians(rng.uniform(-15, 15))
+    centre = (0.5 + rng.uniform(-0.06, 0.06, 2)) * side
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    turn = radius * np.array(((cos, sin), (-sin, cos)))  # (x, y) @ turn
+    canvas = Image.new("L", (side, side), 0)
+    for polygon, fill in zip(list(SHAPES.values())[label], (255, 0), strict=False):
+        ImageDraw.Draw(canvas).polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
+    coverage = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)[:, :, None] / 255
+
+    # Colours: a two-colour ramp with waves behind; the class's hue, shaded, with waves in front.
+    x = np.arange(size, dtype=np.float32) / size - 0.5
+    direction = rng.uniform(0, 2 * math.pi, 3)  # of the ramp and of the two waves
+    phase = x * np.cos(direction)[:, None, None] + x[:, None] * np.sin(direction)[:, None, None]
+    ramp, back_wave, front_wave = phase[..., None].astype(np.float32)  # (size, size, 1) each
+    waves, shift = 2 * math.pi * rng.uniform(2, 4, 2), rng.uniform(0, 2 * math.pi, 2)
+    ground = [colorsys.hsv_to_rgb(*rng.uniform((0, 0.3, 0.05), (1, 0.8, 0.35))) for _ in range(2)]
+    ground = np.array(ground, dtype=np.float32)
+    back = ground[0] + (ground[1] - ground[0]) * (ramp + 0.5)
+    back += 0.04 * np.sin(waves[0] * back_wave + shift[0])
+    if hue is None:
+        hue = (label / len(SHAPES) + rng.normal(0, 0.03)) % 1.0
+    colour = np.array(colorsys.hsv_to_rgb(hue, *rng.uniform((0.45, 0.85), (0.85, 1.0))), np.float32)
+    front = colour * (0.88 + 0.25 * ramp) * (1 + 0.1 * np.sin(waves[1] * front_wave + shift[1]))
+    picture = back + (front - back) * coverage  # (size, size, 3) in [0, 1]
+    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+class ShapesDataset(Dataset):
+    """Built-in labelled pictures: picture `index` is always the same, class index % 10."""
+
+    def __init__(self, image_size: int, split: str = "train"):
+        self.image_size, self.split = image_size, split
+        self.class_names = tuple(SHAPES)
+        self.labels = np.arange({"train": 50_000, "val": 2_000}[split]) % len(SHAPES)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
+        index = key[1] if isinstance(key, tuple) else key  # nothing is augmented here
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        label = int(self.labels[index])
+        rng = np.random.default_rng((0 if self.split == "train" else 1, index))
+        return to_tensor(render_shape(label, rng, self.image_size)), label
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures from a folder
+#
+# ADM's recipe, since FID compares with its reference statistics: another resize alone moves it.
+# Nothing is cached: the latents of an encoder that still learns, of a picture that is masked anew
+# each time, never come twice.
+
+
+def adm_crop(picture: Image.Image, size: int) -> Image.Image:
+    """ADM's preprocessing: halve by box filter while the short side is >= 2 x size, resize the
+    short side to `size` by bicubic interpolation, crop the centre. RGB of any size -> size x size.
+    """
+    if max(picture.size) > MAX_ASPECT * min(picture.size):  # enlarged, it would fill the memory
+        width, height = (min(side, MAX_ASPECT * min(picture.size)) for side in picture.size)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        picture = picture.crop((left, top, left + width, top + height))
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    factor = size / min(picture.size)
+    new_size = (round(picture.width * factor), round(picture.height * factor))
+    picture = picture.resize(new_size, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def read_picture(path: Path, crop: int | None = None) -> Image.Image:
+    """RGB from a picture file of any kind, cropped to a side of `crop` pixels if given; raises
+    BrokenImage. Transparency is ignored, and so is a camera's note that the picture should be
+    turned, as in ADM."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+                raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
+            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            picture = picture.convert("RGB")
+        return picture if crop is None else adm_crop(picture, crop)
+    except Exception as error:  # whatever a decoder raises, the user needs the path
+        raise BrokenImage(f"cannot read {path} ({error})") from None
+
+
+def look_into(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders and picture files in a folder, without hidden ones and what archives of macOS leave.
+    scandir knows what each entry is: a million files are not asked one by one."""
+    folders, pictures = [], []
+    for entry in os.scandir(folder) if folder.is_dir() else []:
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            folders.append(path)
+        elif path.suffix.lower() in EXTENSIONS and entry.is_file():  # a pipe would never end
+            pictures.append(path)
+    return sorted(folders), sorted(pictures)
+
+
+def list_images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> list[Path]:
+    """All picture files below a folder, sorted; a link to a folder above is not followed again."""
+    if not folder.is_dir() or (here := (folder.stat().st_dev, folder.stat().st_ino)) in above:
+        return []
+    folders, found = look_into(folder)
+    for path in folders:
+        found += list_images(path, above | {here})
+    return sorted(found)
+
+
+class FolderDataset(Dataset):
+    """Pictures of a folder: CLASS folders (labels 0, 1, ... by sorted name), or flat (label -1).
+
+    FOLDER may hold train/, val/ and test/, each in that layout, with the classes of train/; else it
+    is itself every split. Hidden files and folders are passed over.
+    """
+
+    def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
+        top = Path(folder)
+        if not top.is_dir():
+            fail(f"there is no data folder {folder}: give --data a folder of pictures")
+        self.image_size, self.seed = image_size, seed
+        folders = {path.name for path in look_into(top)[0]}
+        has_splits = "train" in folders and folders <= {"train", "val", "test"}
+        if has_splits and split not in folders:
+            fail(f"{folder} has train/ but no {split}/: add {split}/ to it")
+        alike = sorted(name for name in folders if name.lower() in SPLIT_NAMES)
+        if not has_splits and len(alike) > 1:  # else they would become classes
+            fail(
+                f"{folder} has {', '.join(alike)}: name them train, val, test, nothing beside them"
+            )
+        self.root = top / split if has_splits else top
+        names = [path.name for path in look_into(top / "train" if has_splits else top)[0]]
+        pictures = look_into(self.root)[1]
+        if names and pictures:
+            fail(f"{self.root} mixes class folders and pictures ({pictures[0].name}): sort them")
+
+        labels = [-1] * len(pictures)
+        for label, name in enumerate(names):
+            found = list_images(self.root / name)
+            if not found and split == "train":
+                fail(f"class folder {self.root / name} holds no pictures: fill it or remove it")
+            pictures += found
+            labels += [label] * len(found)
+        if not pictures:
+            fail(f"no pictures in {self.root}: expected CLASS/*.jpg or *.jpg, *.png, ...")
+        self.class_names = tuple(names)
+        # Arrays, not lists of a million objects: worker processes would copy those, one by one.
+        self.paths = np.array([os.fsencode(path.relative_to(self.root)) for path in pictures])
+        self.labels = np.array(labels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
+        """`key`: an index, or (epoch, index), which also flips half of the pictures."""
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        picture = read_picture(self.root / os.fsdecode(self.paths[index]), self.image_size)
+        if epoch is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
+            picture = hflip(picture)
+        return to_tensor(picture), int(self.labels[index])
+
+
+def open_dataset(data: str | None, image_size: int, split: str = "train", seed: int = 0) -> Dataset:
+    """The pictures that --data names, or with None the built-in ones."""
+    if data is None:
+        return ShapesDataset(image_size, split)
+    return FolderDataset(data, image_size, split, seed)
+
+
+def check_data(data: str | None, image_size: int) -> None:
+    """Open every picture of train/ and val/ once, list those that cannot be read; exit code 1 if
+    there are any."""
+    if not 0 < image_size <= 2**16:
+        fail(f"--image-size must be from 1 to 65536, got {image_size}", 2)
+    sets, broken = [open_dataset(data, image_size)], 0
+    if data is not None and (Path(data) / "val").is_dir() and sets[0].root != Path(data):
+        sets.append(open_dataset(data, image_size, "val"))
+    for dataset in sets:
+        for index in progress(range(len(dataset)), "checking"):
+            try:
+                dataset[index]
+            except BrokenImage as error:
+                broken += 1
+                say(printable(str(error)))
+    count = sum(map(len, sets))
+    say(f"{count} pictures, {len(sets[0].class_names)} classes, {broken} broken")
+    raise SystemExit(1 if broken else 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the training loop reads
+
+
+class TrainingPictures(Dataset):
+    """(image, label, ""), or with `skip_bad` in place of a picture that cannot be read its next
+    readable neighbour's image and label, and why it cannot. Images are uint8 [0, 255], a quarter of
+    the way through shared memory and to the GPU."""
+
+    def __init__(self, dataset: Dataset, skip_bad: bool):
+        self.dataset, self.skip_bad = dataset, skip_bad
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str]:
+        (epoch, index), reason = key, ""
+        for neighbour in range(index, index + 10):
+            try:
+                image, label = self.dataset[epoch, neighbour % len(self.dataset)]
+                return to_uint8(image), label, reason
+            except BrokenImage as error:
+                reason = reason or str(error)
+                if not self.skip_bad:
+                    break
+        hint = "--check-data lists all such files, --skip-bad-images goes on without them"
+        raise BrokenImage(f"{reason}: {hint}")
+
+
+class BrokenImages:
+    """The pictures skipped so far: each is named once, and too many stop the run."""
+
+    def __init__(self, count: int):
+        # One may be broken in the smallest folder; else the flag would be of no use there.
+        self.count, self.most, self.reasons = count, max(1, MAX_BROKEN_SHARE * count), set()
+
+    def add(self, reasons: Iterable[str]) -> None:
+        """Note what TrainingPictures gives."""
+        for reason in set(reasons) - self.reasons - {""}:
+            self.reasons.add(reason)
+            tqdm.write(f"skipped: {printable(reason)} ({len(self.reasons)} so far)")
+        self.check(len(self.reasons))
+
+    def count_of_all(self) -> int:
+        """How many pictures all processes have met, each counted once."""
+        met = [self.reasons]
+        if dist.is_initialized():
+            met = [None] * world_size()
+            dist.all_gather_object(met, self.reasons)
+        self.check(count := len(set().union(*met)))
+        return count
+
+    def check(self, met: int) -> None:
+        """End the run if `met` broken pictures are too many."""
+        if met > self.most:
+            limit = f"more than one and {MAX_BROKEN_SHARE:.1%}"
+            what = f"{met} of {self.count} pictures cannot be read, {limit}"
+            fail(f"{what}: --check-data lists all; repair or remove them", every_rank=True)
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for this process, a function of the seed and the step.
+
+    Image number p of the run (p = step * batch_size + row) is entry p mod n of the permutation of
+    epoch p div n, so no image is dropped or seen twice in an epoch, and any step can be the
+    first.
+    """
+
+    def __init__(self, length: int, batch_size: int, rows: range, steps: range, seed: int):
+        self.length, self.batch_size, self.rows = length, batch_size, rows
+        self.steps, self.seed = steps, seed
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        shuffled_epoch, order = -1, np.empty(0)
+        for step in self.steps:
+            batch = []
+            for row in self.rows:
+                epoch, position = divmod(step * self.batch_size + row, self.length)
+                if epoch != shuffled_epoch:
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                    shuffled_epoch = epoch
+                batch.append((epoch, int(order[position])))
+            yield batch
+
+
+def training_loader(
+    dataset: Dataset, batch_size: int, steps: range, seed: int, skip_bad: bool, **settings: Any
+) -> DataLoader:
+    """This process's rows of the global batches: images uint8 (share, 3, H, W), labels (share,),
+    why pictures were skipped. One long pass, so that its workers live as long as the run."""
+    share = batch_size // world_size()
+    rows = range(rank() * share, (rank() + 1) * share)
+    if settings["num_workers"]:
+        settings |= dict(prefetch_factor=4, timeout=TIMEOUT.total_seconds())
+    return DataLoader(
+        TrainingPictures(dataset, skip_bad),
+        batch_sampler=StepSampler(len(dataset), batch_size, rows, steps, seed),
+        generator=torch.Generator(),  # leaves the global one alone
+        worker_init_fn=ignore_signals,
+        **settings,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What evaluation reads
+
+
+class Pictures(Dataset):
+    """Some pictures of a split of --data: what a checkpoint is looked at with.
+
+    num: how many, drawn with the seed (class folders are sorted by class, so that the first ones
+    would be of one class); None = all. self[range] is (images (n, 3, H, W) in [-1, 1], labels
+    (n,), numbers (n,)), where a number is the picture's place in the dataset.
+    """
+
+    def __init__(
+        self, data: str | None, size: int, split: str = "val", num: int | None = None, seed: int = 0
+    ):
+        self.split, self.dataset = split, open_dataset(data, size, split)
+        self.source = "the built-in pictures" if data is None else str(data)
+        self.root = getattr(self.dataset, "root", split)  # one and the same for several splits?
+        self.class_names, self.labels = tuple(self.dataset.class_names), self.dataset.labels
+        count = len(self.dataset)
+        if num is not None and num > count:
+            fail(f"{num} pictures asked for, but the {split} split of {self.source} has {count}", 2)
+        order = np.random.default_rng(seed).permutation(count)[: num or count]
+        self.numbers = np.sort(order)  # (len(self),)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = self.numbers[indices.start : indices.stop]
+        images, labels = zip(*(self.dataset[int(n)] for n in numbers), strict=True)
+        return torch.stack(images), torch.tensor(labels), torch.from_numpy(numbers)
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol says of these pictures."""
+        return {"data": self.source, "split": self.split, "pictures": len(self)}
+
+
+class PictureSet(Dataset):
+    """Pictures of one size in [0, 255] on disk, an .npz file of ADM's format or a folder.
+
+    Papers exchange samples as one .npz: arr_0 (n, H, W, 3) holds the pictures, and reference files
+    hold besides them mean and covariance of the features of the whole training set (mu, sigma and
+    mu_s, sigma_s). 50,000 pictures are 10 GB, so only a batch is ever in memory: self[range] is
+    float32 (n, 3, H, W), neither clipped nor rounded. Pictures of a folder, all below it sorted by
+    path, are cropped to a side of `crop` pixels as in training; None leaves them alone.
+
+    What cannot be a set of pictures ends the program with one line; a picture that turns out to
+    be damaged when it is read raises BrokenImage.
+    """
+
+    def __init__(self, path: Path, crop: int | None = None):
+        self.path, self.crop, self.has_statistics = path, crop, False
+        self.files = list_images(path)
+        self.stream: Any = None  # opened at the first read, by the process that reads
+        self.array: np.ndarray | None = None  # only for an order that cannot be streamed
+        if self.files:
+            self.count, self.shape = len(self.files), self.read_file(0).shape
+        elif path.is_file():
+            self.open_npz()
+        else:
+            fail(f"no pictures in {path}: give an .npz file or a folder of pictures")
+
+    def open_npz(self) -> None:
+        """Find out what an .npz file holds, without reading its pictures."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+                size = archive.getinfo("arr_0.npy").file_size if "arr_0" in names else 0
+                if size:
+                    with archive.open("arr_0.npy") as stream:
+                        shape, fortran, self.dtype = read_header(stream)
+        except Exception as error:  # zip archives and headers can be wrong in many ways
+            reason = str(error).partition("\n")[0][:100]
+            fail(f"{self.path} is damaged or not an .npz file ({reason})")
+        if not size:
+            held = ", ".join(sorted(names)[:9]) or "nothing"
+            fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
+        whole = math.prod(shape) * self.dtype.itemsize <= size and min(shape, default=0) > 0
+        if len(shape) != 4 or shape[3] != 3 or not whole or self.dtype.kind not in "uif":
+            expected = "expected pictures (n, height, width, 3) in 0..255"
+            fail(f"{self.path}: arr_0 is {self.dtype} {shape} in {size} bytes, {expected}")
+        self.count, self.shape = shape[0], shape[1:]
+        self.has_statistics = "mu" in names  # ADM asks for mu alone, then reads all four
+        missing = {"sigma", "mu_s", "sigma_s"} - names
+        if self.has_statistics and missing:
+            fail(f"{self.path} has mu but no {', '.join(sorted(missing))}")
+        if fortran:
+            try:
+                self.array = np.load(self.path, allow_pickle=False)["arr_0"]
+            except Exception as error:
+                fail(f"{self.path} is damaged ({error})")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: range) -> Tensor:
+        if self.files:
+            images = np.stack([self.read_file(i) for i in indices])
+        elif self.array is not None:
+            images = self.array[indices.start : indices.stop]
+        else:
+            images = self.read_npz(indices)
+        low, high = images.min(), images.max()
+        scaled = images.dtype.kind == "f" and 0 < high <= 1  # to [0, 1] or [-1, 1]
+        if scaled or not (low >= 0 and high <= 255):
+            raise BrokenImage(f"{self.path} has values from {low:g} to {high:g}, expected 0 to 255")
+        return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
+
+    def read_file(self, i: int) -> np.ndarray:
+        """Picture i of a folder, uint8 (H, W, 3), if it is as large as the first."""
+        picture = np.asarray(read_picture(self.files[i], self.crop))
+        if i and picture.shape != self.shape:
+            (h, w, _), (height, width, _) = picture.shape, self.shape
+            sizes = f"{self.files[0]} is {width} x {height}, {self.files[i]} is {w} x {h}"
+            hint = "--crop SIDE crops and resizes all as in training"
+            raise BrokenImage(f"{self.path} mixes sizes: {sizes}; {hint}")
+        return picture
+
+    def read_npz(self, indices: range) -> np.ndarray:
+        """Rows of arr_0 (n, H, W, 3) out of the archive, compressed or not.
+
+        np.load would unpack all of arr_0 into memory. In C order the rows lie one after the other
+        in the stream, and zipfile can seek in it (by unpacking what is between, if compressed).
+        """
+        if self.stream is None:
+            self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
+            read_header(self.stream)
+            self.start = self.stream.tell()
+        size = math.prod(self.shape) * self.dtype.itemsize  # bytes a picture
+        try:
+            self.stream.seek(self.start + indices.start * size)
+            rows = self.stream.read(len(indices) * size)
+            return np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
+        except Exception as error:
+            raise BrokenImage(f"{self.path} is damaged ({error})") from None
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """mu (2048,), sigma (2048, 2048), mu_s (2023,), sigma_s (2023, 2023) of the file."""
+        names = ("mu", "sigma", "mu_s", "sigma_s")
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                found = {name: file[name] for name in names}
+        except Exception as error:
+            fail(f"{self.path}: its statistics are damaged ({error})")
+        for name, side in {"mu": 2048, "mu_s": 2023}.items():
+            mu, sigma = found[name], found["sigma" + name[2:]]
+            if (mu.shape, sigma.shape) != ((side,), (side, side)):
+                shapes = f"{mu.shape} and {sigma.shape}"
+                fail(f"{self.path}: {name} and its sigma are {shapes}, expected {side} features")
+            usable = mu.dtype.kind == sigma.dtype.kind == "f" and np.isfinite(mu).all()
+            usable = usable and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, 1e-4, 1e-6)
+            if not usable or (values := np.linalg.eigvalsh(sigma))[0] < -1e-3 * values[-1]:
+                fail(f"{self.path}: {name} or its sigma is no finite mean or covariance")
+        return {name: value.astype(np.float64) for name, value in found.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol says of this set."""
+        statistics = "of the file" if self.has_statistics else "of its pictures"
+        named = {"file": str(self.path), "sha256": file_sha256(*(self.files or [self.path]))}
+        return {**named, "pictures": self.count, "statistics": statistics, "crop": self.crop}
+
+
+def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of an .npy stream, which is left at its first number."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
+
+
+def sharded(
+    data: Dataset, work: Callable[[Any], Any], description: str, batch_size: int, num_workers: int
+) -> list[Any] | None:
+    """work(data[range]) for every batch of `data`, batch j on process j mod world_size.
+
+    On rank 0 the results in order, None elsewhere. `work` moves what it returns to the CPU: it is
+    pickled on its way to rank 0. No picture counts twice: a DistributedSampler would repeat some,
+    to give all processes equally many, and every mean would be another.
+    """
+    count = len(data)
+    ranges = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    # batch_size None: an item of `data` is already a batch.
+    settings = dict(batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(data, sampler=ranges[rank() :: world_size()], **settings)
+    done = [work(batch) for batch in progress(loader, description)]
+    if not dist.is_initialized():
+        return done
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(done, gathered)
+    if gathered is None:
+        return None
+    return [gathered[j % world_size()][j // world_size()] for j in range(len(ranges))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing pictures
+
+
+def is_batch(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether there is a whole .npy of uint8 pictures of this shape."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # none, or damaged
+        return False
+    return found.shape == shape and found.dtype == np.uint8
+
+
+def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
+    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,). Holds one batch at a time."""
+    # An .npz is a zip archive of .npy files: a header with the shape of the whole, then its rows.
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+
+    def write(stream: Any) -> None:
+        with zipfile.ZipFile(stream, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                for part in parts:
+                    entry.write(np.load(part).tobytes())
+            with archive.open("arr_1.npy", "w") as entry:
+                np.lib.format.write_array(entry, labels)
+
+    write_file(path, write)
+
+
+def shown_classes(num_classes: int) -> list[int]:
+    """The rows of a grid: all of up to 16 classes, 8 of more, evenly; [-1] without classes."""
+    if num_classes > 16:
+        return np.linspace(0, num_classes - 1, 8).round().astype(int).tolist()
+    return list(range(num_classes)) or [-1]
+
+
+def save_png(images: Tensor, columns: int, path: Path) -> None:
+    """Write images (n, 3, H, W) in [-1, 1] as a grid with `columns` pictures a row, row by row.
+
+    Small pictures are enlarged by a whole factor, each pixel to a square, so that one can see them.
+    """
+    zoom = max(1, SHOWN_SIDE // images.shape[-1])
+    images = to_uint8(images).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda stream: picture.save(stream, "png"))

@@ -1,0 +1,90 @@
+"""What is around a number: batches over all processes, the clock, the table and the protocol."""
+
+import json
+import platform
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data import sharded
+from common.runs import fail, printable, say, world_size, write_text
+from common.weights import RANDOM
+
+WARM_UP, LONG_ENOUGH = 2, 10.0  # calls that are not timed; seconds after which none is repeated
+
+Numbers = dict[str, Any]  # what --json holds, or a part of it
+
+
+def look(
+    work: Callable[[Any], dict[str, Tensor]], pictures: Dataset, what: str, flags: Namespace
+) -> dict[str, Tensor]:
+    """What `work` finds, name -> (B, ...), in batches of the pictures, over all processes: on
+    process 0 that of all in their order, name -> (n, ...); elsewhere nothing."""
+    parts = sharded(pictures, work, what, flags.batch_size, flags.num_workers) or [{}]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name, values in found.items():
+        bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
+        if len(bad) and name != "psnr":  # that of equal pictures is infinite
+            which = f"of {len(bad)} pictures is not finite, the first is number {int(bad[0])}"
+            fail(f"{what}: {name} {which}: damaged pictures or weights")
+    return found
+
+
+def seconds(call: Callable[[], Any], flags: Namespace, factor: float = 1) -> float | None:
+    """Median time, times `factor`, of up to --runs calls, after warming up; None, printed as -, of
+    what does not fit into the GPU's memory."""
+    taken: list[float] = []
+    try:
+        # At least two: a call that takes so long is warm at the second.
+        while len(taken) < 2 or (len(taken) < WARM_UP + flags.runs and sum(taken) < LONG_ENOUGH):
+            start = time.perf_counter()
+            call()
+            if flags.device.type != "cpu":
+                torch.accelerator.synchronize()
+            taken.append(time.perf_counter() - start)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return factor * float(np.median(taken[WARM_UP:] or taken[-1:]))
+
+
+def table(numbers: Numbers, indent: str = "  ") -> list[str]:
+    """A line a number: - for what is left out, 1,234 for counts, five digits for the rest; those of
+    a dictionary inside are indented."""
+    lines = []
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *table(value, indent + "  ")]
+            continue
+        cell = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+        lines.append(f"{indent}{name:{42 - len(indent)}} {cell:>16}")
+    return lines
+
+
+def report(numbers: Numbers, flags: Namespace) -> None:
+    """Print numbers and protocol, and what was left out; write both to --json."""
+    cuda = flags.device.type == "cuda"
+    name = torch.cuda.get_device_name(flags.device) if cuda else platform.processor()
+    protocol = {"command": flags.command_line, "device": f"{flags.device} {name}".strip()}
+    protocol |= {"processes": world_size(), "python": platform.python_version()}
+    protocol |= {module.__name__: module.__version__ for module in (torch, np, scipy)}
+    protocol |= numbers.pop("protocol")
+    lines = [flags.command, *table({k: v for k, v in numbers.items() if k != "points"})]
+    lines += [f"  no {name}: {why}" for name, why in protocol.get("left_out", {}).items()]
+    if protocol.get("inception") == RANDOM:
+        lines.append("  RANDOM Inception weights: what comes from them means nothing")
+    lines.append("protocol")
+    for name, value in protocol.items():
+        if name != "left_out":
+            told = printable(value) if isinstance(value, str) else json.dumps(value)
+            lines.append(f"  {name:18} {told}")
+    say("\n".join(lines))
+    if flags.json is not None:
+        write_text(flags.json, json.dumps({**numbers, "protocol": protocol}, indent=1))
+        say(f"numbers and protocol: {flags.json}")
