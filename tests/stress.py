@@ -1,6 +1,6 @@
 """Minutes of faults: kills, restarts, flipped bytes, full disks, with real processes, and a count.
 
-    python tests/stress.py                 about ten minutes on two cores; not collected by pytest
+    python tests/stress.py                 twelve minutes on two cores; not collected by pytest
 
 Each part prints what it did and what was lost. The exit code is 0 only if nothing was.
 """
@@ -21,10 +21,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import ENVIRONMENT  # noqa: E402
-from test_train import assert_same  # noqa: E402
+from conftest import ENVIRONMENT, assert_same, last, launcher  # noqa: E402
 
 import train  # noqa: E402
+from common import runs  # noqa: E402
 
 # Small enough for milliseconds a step, large enough that a save takes a noticeable share of them.
 SIZES = "--image-size 24 --width 64 --depth 1 --heads 2 --num-latents 4 --latent-dim 4 "
@@ -34,11 +34,8 @@ CHECKPOINTS = ("last.pt", "previous.pt", "model.pt")
 
 
 def start(flags: list[str], out: Path, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
-        launcher += [f"--nproc_per_node={processes}", "--"]
-    command = [*launcher, str(ROOT / "train.py"), *SIZES.split(), *flags, "--out", str(out)]
+    command = [*launcher(processes, restarts), str(ROOT / "train.py"), *SIZES.split(), *flags]
+    command += ["--out", str(out)]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=ENVIRONMENT, **streams)
 
@@ -52,7 +49,7 @@ def run(flags: list[str], out: Path, **how: int) -> str:
 
 
 def same_end(one: Path, other: Path) -> bool:
-    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
+    a, b = last(one), last(other)
     for name in ("config", "format"):  # the folders differ
         a.pop(name), b.pop(name)
     try:
@@ -105,6 +102,33 @@ def kills(flags: list[str], work: Path, count: int, name: str) -> int:
     return lost + (not same)
 
 
+def sampling_kills(work: Path, count: int) -> int:
+    """kill -9 of `sample.py --npz` at random moments, each time by the same command going on."""
+    command = [sys.executable, str(ROOT / "sample.py"), str(work / "phase 1-whole" / "model.pt")]
+    command += "--num 6000 --batch-size 16 --device cpu --npz".split()
+    quiet = dict(env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, work / "whole.npz"], check=True, **quiet)
+    out, kept, at_work = work / "killed.npz", 0, 0
+    parts = out.with_name("killed.npz.parts")
+    for _ in range(count):
+        before = len(list(parts.glob("*.npy")))
+        process = subprocess.Popen([*command, out], **quiet)
+        while process.poll() is None and len(list(parts.glob("*.npy"))) <= before:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.5))
+        at_work += process.poll() is None
+        process.kill()
+        process.wait()
+        kept = max(kept, len(list(parts.glob("*.npy"))))
+    subprocess.run([*command, out], check=True, **quiet)
+    same = out.read_bytes() == (work / "whole.npz").read_bytes() and not parts.exists()
+    print(
+        f"sample.py --npz: {count} kills, {at_work} of them at work, up to {kept} batches kept, "
+        f"end {'equal to' if same else 'DIFFERENT FROM'} the undisturbed"
+    )
+    return not same
+
+
 def restarts(work: Path, count: int) -> int:
     """One of two processes dies by kill -9; torchrun must start both again by itself."""
     run([], work / "two-whole", processes=2)
@@ -135,7 +159,7 @@ def flips(work: Path, count: int) -> int:
         flipped = bytearray(content)
         flipped[random.randrange(len(content))] ^= 1 << random.randrange(8)
         path.write_bytes(flipped)
-        if not train.intact(path):
+        if runs.damage(path):
             noticed += 1
             continue
         try:
@@ -184,6 +208,7 @@ if __name__ == "__main__":
     lost = kills([], work, options.kills, "phase 1")
     second = ["--phase", "decoder", "--init", str(work / "phase 1-whole" / "model.pt")]
     lost += kills([*second, "--steps", "200"], work, options.kills, "phase 2")
+    lost += sampling_kills(work, (options.kills + 1) // 2)
     lost += restarts(work, options.restarts)
     lost += flips(work, options.flips)
     lost += full_disk(work)
