@@ -1,0 +1,219 @@
+"""Two priors on the same latents: the flow (flow.py) beside masked generation (emigm.py).
+
+    python train.py && python tests/compare_priors.py            # about an hour on two cores
+
+Not collected by pytest. On ONE frozen checkpoint of the preset shapes it trains, where they are
+missing, (B) the flow again and (C) the second prior, with the same data, steps and learning rate,
+one run a seed in runs/priors/, then compares them and (A) the flow that was trained jointly:
+
+    class-correct   share of samples that an independent CNN (tests/judge.py) assigns to their class
+    FD features     Frechet distance of that CNN's 128 pooled features, samples against pictures
+    FD z            the same of the K*d latent numbers: of the priors alone, without the decoder
+    critic          mean log p_B(z) in nats a latent number: the exact density as a judge of both
+
+Prints README's table, and with matplotlib writes docs/priors.png: quality against calls.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
+import judge  # noqa: E402
+
+import train  # noqa: E402
+from common.data import SHAPES, Pictures  # noqa: E402
+from emigm import sampling_order  # noqa: E402
+from evaluate import frechet_distance, moments  # noqa: E402
+
+FLAGS = {"B": [], "C": ["--prior", "emigm"]}  # what is trained on the frozen latents
+GUIDANCES, STEPS, BATCHES = (0.0, 1.0, 2.0), (1, 2, 4, 8, 16), (1, 8, 64)
+NUMBERS = (*(f"correct_{w:g}" for w in GUIDANCES), "fd_features", "fd_z", "critic")
+
+
+def run_folder(folder: Path, kind: str, seed: int, lr: str) -> Path:
+    return folder / f"{kind}-seed{seed}-lr{lr}"
+
+
+def train_missing(base: Path, folder: Path, seeds: list[int], lr: str) -> None:
+    """Train what is not there; the same command would continue it."""
+    for seed in seeds:
+        for kind, flags in FLAGS.items():
+            out = run_folder(folder, kind, seed, lr)
+            if not (out / "model.pt").exists():
+                command = [sys.executable, str(ROOT / "train.py"), "--init", str(base)]
+                command += ["--freeze-autoencoder", "--mask-warmup", "0", "--nll-warmup", "0"]
+                command += ["--nll-weight", "1", "--seed", str(seed), "--lr", lr, *flags]
+                subprocess.run([*command, "--out", str(out)], check=True)
+
+
+@torch.no_grad()
+def real_latents(model: train.MIMFlow) -> tuple[Tensor, Tensor, Tensor]:
+    """Validation pictures (n, 3, H, W), their latents z (n, K, d) as in training, and labels."""
+    c, z, images = model.config, [], []
+    pictures = Pictures(None, c.image_size, "val")
+    for first in range(0, len(pictures), 250):
+        batch, _, numbers = pictures[range(first, first + 250)]
+        draws = train.draws_of_pictures(c, numbers.tolist(), 0, torch.device("cpu"))
+        images.append(batch)
+        z.append(model.latents(batch, draws)[1])
+    return torch.cat(images), torch.cat(z), torch.from_numpy(pictures.labels)
+
+
+@torch.no_grad()
+def sample_latents(model: train.MIMFlow, num: int, w: float, batch: int = 250, **how) -> Tensor:
+    """z (num, K, d) of samples 0 .. num - 1, sample i of class i mod 10."""
+    c, z = model.config, []
+    for first in range(0, num, batch):
+        indices = range(first, min(first + batch, num))
+        u = train.sample_noise(0, indices, c.num_latents, c.latent_dim)
+        labels = torch.tensor([i % len(SHAPES) for i in indices])
+        if model.flow is not None:
+            z.append(model.flow.inverse(u, labels, w))
+        else:
+            how = dict(steps=c.emigm_steps, interval=c.emigm_interval) | how
+            order = sampling_order(0, indices, c.num_latents)
+            schedule = c.emigm_schedule
+            z.append(model.emigm.sample(u, labels, w, schedule=schedule, order=order, **how))
+    return torch.cat(z)
+
+
+@torch.no_grad()
+def in_batches(call, x: Tensor) -> Tensor:
+    return torch.cat([call(part) for part in x.split(250)])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of two sets of rows."""
+    return frechet_distance(*moments(a.flatten(1).numpy()), *moments(b.flatten(1).numpy()))
+
+
+class Comparison:
+    """What all models are compared with: real pictures, the CNN, and the flow as critic."""
+
+    def __init__(self, base: train.MIMFlow, critic: train.MIMFlow, num: int):
+        self.decoder, self.critic, self.num = base.decoder, critic.flow, num
+        self.images, self.z, self.labels = real_latents(base)
+        self.cnn = judge.train_classifier(base.config.image_size)
+        held_out = judge.recoloured(2000, base.config.image_size, seed=78)
+        self.held_out = judge.accuracy(self.cnn, *held_out)
+        self.features = in_batches(self.cnn[:-1], self.images)
+        self.wanted = torch.arange(num) % len(SHAPES)
+
+    def correct(self, z: Tensor) -> float:
+        images = in_batches(self.decoder, z).clamp(-1, 1)
+        return 100 * judge.accuracy(self.cnn, images, self.wanted[: len(z)])
+
+    @torch.no_grad()
+    def numbers(self, z: Tensor, labels: Tensor) -> dict[str, float]:
+        """FD on features and on z, and the critic, of latents z (n, K, d)."""
+        images = in_batches(self.decoder, z).clamp(-1, 1)
+        rows = range(0, len(z), 250)
+        log_p = [self.critic.log_prob(z[i : i + 250], labels[i : i + 250]) for i in rows]
+        return {
+            "fd_features": distance(in_batches(self.cnn[:-1], images), self.features),
+            "fd_z": distance(z, self.z),
+            "critic": float(torch.cat(log_p).mean()) / z[0].numel(),
+        }
+
+    @torch.no_grad()
+    def of(self, model: train.MIMFlow, **how) -> dict[str, float]:
+        """All numbers of one prior."""
+        found = {}
+        for w in GUIDANCES:
+            z = sample_latents(model, self.num, w, **how)
+            found[f"correct_{w:g}"] = self.correct(z)
+            if w == 0:
+                found |= self.numbers(z, self.wanted)
+        return found
+
+
+def seconds(model: train.MIMFlow, batch: int, **how) -> float:
+    """Median seconds a picture of sampling latents, guidance 0."""
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        sample_latents(model, batch, 0.0, **how)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) / batch
+
+
+def ms_a_step(run: Path) -> float:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["ms_per_step"] for line in lines)
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{np.mean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+
+
+def plot(rows: dict[str, tuple[int, float]], path: Path) -> None:
+    """Class-correct share against sequential calls of a network for one batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (calls, share) in rows.items():
+        axes.scatter(calls, share, c="tab:orange" if name.startswith("C") else "tab:blue")
+        axes.annotate(name, (calls, share), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.25, y=0.1)
+    axes.set(xscale="log", xlabel="sequential calls for a batch", ylabel="class-correct, %")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/shapes/model.pt")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/priors")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", default="0.002", help="of B and of C")
+    parser.add_argument("--num", type=int, default=5000, help="samples a number")
+    parser.add_argument("--train-only", action="store_true")
+    options = parser.parse_args()
+    train_missing(options.base, options.folder, options.seeds, options.lr)
+    if options.train_only:
+        return
+    base = train.load_checkpoint(options.base)
+    runs = {
+        kind: [run_folder(options.folder, kind, s, options.lr) for s in options.seeds]
+        for kind in FLAGS
+    }
+    models = {k: [train.load_checkpoint(run / "model.pt") for run in v] for k, v in runs.items()}
+    compare = Comparison(base, models["B"][0], options.num)
+    real = compare.numbers(compare.z, compare.labels)
+    print(f"CNN on held-out recoloured pictures: {100 * compare.held_out:.1f} %")
+    print(f"real latents: critic {real['critic']:.3f}, FD features {real['fd_features']:.3g}")
+
+    K = base.config.num_latents
+    calls_of_flow, plotted = (K - 1) * len(base.flow.blocks), {}
+    rows = {"A, the joint flow": ([base], {}, calls_of_flow)}
+    rows["B, the flow again"] = (models["B"], {}, calls_of_flow)
+    for steps in STEPS:
+        calls = min(steps, K) * (1 + 8)  # of the Transformer, and 8 of its head
+        rows[f"C, emigm, {steps} steps"] = (models["C"], dict(steps=steps), calls)
+    columns = ["calls", *(f"correct, w = {w:g}" for w in GUIDANCES), "FD features", "FD z"]
+    columns += ["critic", *(f"ms, batch {batch}" for batch in BATCHES)]
+    print(f"\n| prior | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
+    for name, (several, how, calls) in rows.items():
+        found = [compare.of(model, **how) for model in several]
+        cells = [spread([one[key] for one in found]) for key in NUMBERS]
+        cells += [f"{1000 * seconds(several[0], batch, **how):.3g}" for batch in BATCHES]
+        print(f"| {name} | {calls} | {' | '.join(cells)} |", flush=True)
+        plotted[name] = (calls, float(np.mean([one["correct_0"] for one in found])))
+    for kind, folders in runs.items():
+        print(f"\ntraining of {kind}: {ms_a_step(folders[0]):.0f} ms a step (median)")
+    plot(plotted, ROOT / "docs/priors.png")
+
+
+if __name__ == "__main__":
+    main()
