@@ -674,10 +674,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIM
 def begin_from(trained: MIMFlow, model: MIMFlow) -> None:
     """Take over the networks of --init; refuse those of another architecture, naming what differs.
     Phase 2 also needs the same flow and the same latents (sigma, masks)."""
-    names = "image_size patch_size width depth heads num_latents latent_dim"
+    fit = "image_size patch_size width depth heads num_latents latent_dim "  # what must be the same
     if model.config.phase == "decoder":
-        names += " flow_width flow_depths flow_head_dim num_classes gated scale sigma mask_ratio"
-    there = {name: getattr(trained.config, name) for name in names.split()}
+        fit += "prior flow_width flow_depths flow_head_dim num_classes gated scale sigma mask_ratio"
+    there = {name: getattr(trained.config, name) for name in fit.split()}
     if differing := [k for k, v in there.items() if v != getattr(model.config, k)]:
         named = ", ".join(f"{flag(k)} {shown(there[k])}" for k in differing)
         fail(f"the model of --init has {named}: add these flags", 2)
@@ -833,7 +833,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         norm, not_finite = update(players, config, lr)
         update_ema(ema, model, c.ema, step)  # after a skipped step too: towards what stood still
         skipped.add(not_finite)
-        if device.type == "cpu" or done % c.log_every == 0:
+        if device.type == "cpu" or done % c.log_every == 0 or at_end:
             skipped.tell(done, last)
         bar.update()
 

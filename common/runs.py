@@ -276,6 +276,8 @@ def select_device(name: str | None) -> torch.device:
 
 def require_memory(needed: float) -> None:
     """End with exit code 2 if a training needs more bytes than this machine has."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         have = max(have, torch.cuda.get_device_properties(0).total_memory)
