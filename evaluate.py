@@ -180,6 +180,9 @@ def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Picture
     """The model of the checkpoint that the command line names, with its EMA weights; `num` pictures
     of the validation split, which training never saw; the protocol of the checkpoint."""
     path = flags.checkpoint = runs.find_checkpoint(flags.checkpoint)
+    if "out" in flags and flags.out is None:
+        flags.out = runs.beside(path, f"{flags.command}.png")
+        runs.check_output(flags.out, ".png", [path])
     model = load_checkpoint(path, flags.device)
     flags.data = flags.data or model.config.data
     pictures = Pictures(flags.data, model.config.image_size, "val", num, flags.seed)
@@ -345,9 +348,9 @@ def reconstruction(flags: Namespace) -> Steps:
 
     found = look(work, pictures, "reconstruction", flags)
     yield
-    out = flags.out or runs.beside(flags.checkpoint, "reconstruction.png")
-    data.save_png(found.pop("shown").transpose(0, 1).flatten(0, 1).clamp(-1, 1), len(shown), out)
-    say(f"{out}: originals, what the encoder sees, reconstructions")
+    grid = found.pop("shown").transpose(0, 1).flatten(0, 1).clamp(-1, 1)
+    data.save_png(grid, len(shown), flags.out)
+    say(f"{flags.out}: originals, what the encoder sees, reconstructions")
     numbers: Numbers = dict.fromkeys(names)
     if "rfid" in found:
         x, x_hat = found.pop("rfid").numpy().swapaxes(0, 1)  # (n, 2048) each
@@ -593,13 +596,12 @@ def latent_map(flags: Namespace) -> Steps:
     labels = pictures.labels[pictures.numbers] if classes != [-1] else np.full(len(xy), -1)
     names = [model.class_names[i] if i >= 0 else "no class" for i in np.unique(labels)]
     names = [runs.printable(name) for name in names]
-    out = flags.out or runs.beside(flags.checkpoint, "map.png")
     try:
-        plot_map(xy, labels, names, out)
-        say(f"{out}: {len(xy)} pictures, {len(names)} classes")
+        plot_map(xy, labels, names, flags.out)
+        say(f"{flags.out}: {len(xy)} pictures, {len(names)} classes")
     except ImportError:
-        flags.json = flags.json or out.with_suffix(".json")
-        say(f"no {out}: `pip install matplotlib` and run again; the points are in {flags.json}")
+        flags.json = flags.json or flags.out.with_suffix(".json")
+        say(f"no {flags.out}: `pip install matplotlib` for it; the points are in {flags.json}")
     points = {"picture": pictures.numbers, "label": labels, "xy": xy}
     numbers["points"] = {name: values.tolist() for name, values in points.items()}
     protocol |= {**pictures.describe(), "method": flags.method, "classes": names}

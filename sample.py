@@ -374,7 +374,9 @@ def main(options: Namespace) -> None:
     classes = classes[: options.num]  # fewer pictures than classes: no rows without any
     if options.out is None and options.npz is None:
         options.out = runs.beside(path, "grid.png")
-    bytes_a_picture = 3 * model.config.image_size**2
+    c, bytes_a_picture = model.config, 3 * model.config.image_size**2
+    values = bytes_a_picture + 4 * (c.grid**2 + c.num_latents) * c.width  # a layer's, at least
+    runs.require_memory(4 * min(options.num, options.batch_size) * values)
     for output, suffix in ((options.out, ".png"), (options.npz, ".npz")):
         if output is not None:  # its parts, then the whole
             runs.check_output(output, suffix, [path], 2 * options.num * bytes_a_picture)

@@ -674,18 +674,17 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIM
 def begin_from(trained: MIMFlow, model: MIMFlow) -> None:
     """Take over the networks of --init; refuse those of another architecture, naming what differs.
     Phase 2 also needs the same flow and the same latents (sigma, masks)."""
+    parts = ["encoder", "decoder"]
     fit = "image_size patch_size width depth heads num_latents latent_dim "  # what must be the same
-    if model.config.phase == "decoder":
+    if model.config.phase == "decoder":  # the baseline of Tab. 1 trains a flow of its own
+        parts += ["flow"]
         fit += "prior flow_width flow_depths flow_head_dim num_classes gated scale sigma mask_ratio"
     there = {name: getattr(trained.config, name) for name in fit.split()}
     if differing := [k for k, v in there.items() if v != getattr(model.config, k)]:
         named = ", ".join(f"{flag(k)} {shown(there[k])}" for k in differing)
         fail(f"the model of --init has {named}: add these flags", 2)
-    parts = ["encoder", "decoder"]
-    if model.config.phase == "decoder":  # the baseline of Tab. 1 trains a flow of its own
-        parts += ["flow"]
-        if model.config.num_classes and model.class_names != trained.class_names:
-            fail("the model of --init was trained on other classes than those of --data")
+    if "flow" in parts and model.config.num_classes and model.class_names != trained.class_names:
+        fail("the model of --init was trained on other classes than those of --data")
     for part in parts:
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 
@@ -713,9 +712,10 @@ def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any]
             fail(f"{run_dir} holds a model.pt but no last.pt to go on from: {other} it", 2)
         return None
     checkpoint, stored = read_checkpoint(found)
+    if checkpoint["config"].get("convnext_mix"):
+        fail(f"{found} was trained with --convnext-mix, which is gone: go on with commit f59eff8")
     stored, now = asdict(stored), asdict(config)
-    names = [k for k in now if k not in MAY_CHANGE and stored[k] != now[k]]
-    if names:
+    if names := [k for k in now if k not in MAY_CHANGE and stored[k] != now[k]]:
         named = "; ".join(f"{flag(k)} {stored[k]} there, {now[k]} now" for k in names)
         what = f"{run_dir} holds a run of another configuration ({named})"
         fail(f"{what}: nothing was changed; {other} this one", 2)

@@ -45,9 +45,11 @@ SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pi
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
 
 
-# What is read as a picture. EPS, for one, is left out: PIL would hand it to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+# What is read as a picture, as far as this Pillow can. EPS, for one, is left out: PIL would hand it
+# to Ghostscript. Pictures in other formats are not passed over: they end in a line that names them.
+Image.init()
+FORMATS = Image.OPEN.keys() & {"JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF"}
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic", ".jxl")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
@@ -199,7 +201,7 @@ def read_picture(path: Path, crop: int | None = None) -> Image.Image:
     BrokenImage. Transparency is ignored, and so is a camera's note that the picture should be
     turned, as in ADM."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(path, formats=[*FORMATS]) as picture:
             if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
                 raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
             if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale

@@ -275,7 +275,7 @@ def select_device(name: str | None) -> torch.device:
 
 
 def require_memory(needed: float) -> None:
-    """End with exit code 2 if a training needs more bytes than this machine has."""
+    """End with exit code 2 if more bytes are needed than this machine has."""
     if not hasattr(os, "sysconf"):  # Windows
         return
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -283,7 +283,7 @@ def require_memory(needed: float) -> None:
         have = max(have, torch.cuda.get_device_properties(0).total_memory)
     if needed > have:
         sizes = f"{needed / 1e9:.1f} GB at least, this machine has {have / 1e9:.1f} GB"
-        fail(f"this model and batch need {sizes}: choose smaller ones, or more --grad-accum", 2)
+        fail(f"this model and batch need {sizes}: choose smaller ones, or train.py --grad-accum", 2)
 
 
 def uses_bf16(device: torch.device) -> bool:
@@ -528,7 +528,7 @@ def damage(path: Path) -> str | None:
     except pickle.UnpicklingError:
         return "not read, because it holds more than tensors and plain values and could run code"
     except Exception:  # a damaged archive can raise nearly anything
-        return "damaged, or no checkpoint of train.py"
+        return "damaged, or no checkpoint of train.py (torch's old format is none, either)"
     return None
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -113,6 +114,24 @@ def test_a_signal_saves_and_ends_the_run(tiny, tmp_path, number, monkeypatch, ca
     assert last(stopped.out)["step"] == 6 and signal.getsignal(number) == before
     train.main(stopped)
     assert_same_run(config.out, stopped.out)
+
+
+def test_a_second_ctrl_c_ends_a_step_that_waits_for_a_disk_that_never_answers(tmp_path):
+    """A read that hangs: here from a pipe into which nobody writes."""
+    os.mkfifo(tmp_path / "pipe")
+    stop, before = runs.StopSignal(), time.monotonic()
+    try:
+        for _ in range(2):  # of one Ctrl-C a terminal, or torchrun, may send two
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() == signal.SIGINT and time.monotonic() < before + runs.PATIENCE
+        stop.when -= runs.PATIENCE
+        other = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            (tmp_path / "pipe").read_bytes()
+        assert signal.getsignal(signal.SIGINT) == stop.before[signal.SIGINT]
+    finally:
+        stop.restore()
 
 
 def test_a_signal_to_torchrun_stops_every_process_at_one_step(tiny_flags, tmp_path):

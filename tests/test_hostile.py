@@ -262,6 +262,7 @@ LAST = [  # what is done to last.pt, what the line of the resumed run says
     (moments(step=None), "do not fit"),
     (lambda c: c["optimizer"]["state"][0].pop("exp_avg_sq"), "do not fit"),
     (lambda c: c["model"].popitem(), "model: the weights do not fit"),
+    (lambda c: c["config"].update(convnext_mix=True), "--convnext-mix, which is gone"),
 ]
 
 
@@ -290,6 +291,9 @@ COMMANDS = [  # a command, what its line says: exit code 2
     ("sample.py run/model.pt --npz new.npz --num 2147483647", "GB free"),
     ("sample.py run/model.pt --num 10000000000", "below 2^31"),
     ("sample.py run/model.pt --batch-size 0", "must be positive"),
+    ("sample.py run/model.pt --num 100000000 --batch-size 100000000", "GB at least"),
+    ("evaluate.py map run/model.pt", "run/map.png is not a regular file"),
+    ("evaluate.py reconstruction run/model.pt", "run/reconstruction.png is not a regular file"),
     ("sample.py run/model.pt --seed 18446744073709551616", "below 2^63"),
     ("sample.py run/model.pt --seed -1", "not negative"),
     ("sample.py run/model.pt --guidance nan", "finite"),
@@ -357,7 +361,8 @@ def clutter(home):
     """What the commands above name."""
     os.mkfifo("pipe.npz")
     os.symlink("run/model.pt", "link.npz")
-    for name in ("folder.npz", "foreign", "logs", "other"):
+    folders = ("folder.npz", "foreign", "logs", "other", "run/map.png", "run/reconstruction.png")
+    for name in folders:
         Path(name).mkdir()
     Path("foreign/config.json").write_text('{"mine": 1}')
     Path("logs/log.jsonl").write_text("mine\n")
@@ -413,6 +418,17 @@ def edited(x, index, value):
 def png(folder: str, content: bytes) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "bad.png").write_bytes(content)
+
+
+def heic() -> None:
+    """A picture of a kind that is not read here, beside one that is."""
+    write_pictures(Path("new/cat"), 1)
+    Path("new/cat/a.heic").write_bytes(b"x")
+
+
+def in_the_old_format() -> None:
+    checkpoint = torch.load("run/model.pt", weights_only=True)
+    torch.save(checkpoint, "run/model.pt", _use_new_zipfile_serialization=False)
 
 
 def picture(path: str, mode: str, value: float) -> None:
@@ -503,6 +519,12 @@ FILES = [  # how it is made, a command, what its line says: exit code 1
     (lambda: None, "spectral.py run/model.pt --data pics --images 2", "other classes"),
     (lambda: None, PHASE_2 + "run/model.pt --data ten", "other classes than those of --data"),
     (lambda: None, TRAIN + "--perceptual-weight 1 --image-size 64 --vgg no.pth", "no such file"),
+    (
+        heic,
+        "train.py SMALL --batch-size 2 --device cpu --data new --out o",
+        "cannot read new/cat/a.heic",
+    ),
+    (in_the_old_format, "sample.py run/model.pt", "torch's old format"),
     (lambda: Path("n.npz.parts").write_text("x"), "sample.py run/model.pt --npz n.npz", "parts"),
     (lambda: Path("new").write_text("x"), TRAIN, "cannot write to the run folder"),
     (lambda: Path("new/.lock").mkdir(parents=True), TRAIN, "cannot write to the run folder"),
@@ -664,6 +686,32 @@ def test_leftovers_of_an_interrupted_sampler(home, case, monkeypatch, capsys):
     assert expected in do(NPZ, monkeypatch, capsys)
     assert Path("n.npz").read_bytes() == Path("whole.npz").read_bytes()
     assert os.listdir("n.npz.parts") == ["mine.npy"]
+
+
+def test_batches_of_a_checkpoint_that_was_replaced_are_not_mixed_with_the_new_ones(
+    home, monkeypatch, capsys
+):
+    """A training run may save while sample.py is at work with what it has loaded."""
+    real, old = sample.sample_batch, Path("run/model.pt").read_bytes()
+
+    def replaced_then_stopped(model, indices, *rest, **how):
+        if indices.start == 0:
+            edit("run/model.pt", equal_pictures)
+        if indices.start == 4:
+            raise KeyboardInterrupt
+        return real(model, indices, *rest, **how)
+
+    do(NPZ.replace("n.npz", "whole.npz"), monkeypatch, capsys)
+    monkeypatch.setattr(sample, "sample_batch", replaced_then_stopped)
+    monkeypatch.setattr(sys, "argv", shlex.split(NPZ))
+    with pytest.raises(SystemExit):
+        runs.run_program(MAINS["sample.py"])
+    monkeypatch.setattr(sample, "sample_batch", real)
+    assert "of another command, and are removed" in do(NPZ, monkeypatch, capsys)
+    assert len(np.unique(np.load("n.npz")["arr_0"], axis=0)) == 1  # all of the new one
+    Path("run/model.pt").write_bytes(old)
+    do(NPZ, monkeypatch, capsys)
+    assert Path("n.npz").read_bytes() == Path("whole.npz").read_bytes()
 
 
 def test_default_names_of_samples_tell_them_apart(home, monkeypatch, capsys):
