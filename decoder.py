@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         # paper: nothing on positions; the release: rotary only here. Here: absolute + rotary, as
         # in the encoder, because at small scale rotary alone learns slower.
         self.position = nn.Parameter(sincos_positions(self.grid, self.grid, width))  # (N, C)
-        # One for all N places: to the decoder every patch is hidden.
+        # One for all N places (not the encoder's): to the decoder every patch is hidden.
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.latent_embed = nn.Linear(latent_dim, width)
         self.latent_position = nn.Parameter(TOKEN_STD * torch.randn(num_latents, width))  # (K, C)

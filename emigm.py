@@ -40,7 +40,7 @@ from torch import Tensor
 from encoder import MLP, init_linear
 
 # R: 0.02; here: as in flow.py, because tokens that look alike do not learn for hundreds of steps.
-TOKEN_STD = 0.5  # initial std of positions, classes and mask token
+EMBED_STD = 0.5  # initial std of positions, classes and mask token
 WAVES = 128  # cosines, and as many sines, that tell the head its time (R)
 SCHEDULES = ("exp", "cosine", "linear", "log")
 ROUNDING = 1e-9  # cos(pi/2) is 6e-17: what is this little above a whole number is that number
@@ -68,7 +68,7 @@ def visible_slots(num_latents: int, schedule: str, t_min: float) -> int:
 
 def reveal_counts(num_latents: int, steps: int, schedule: str) -> list[int]:
     """Tokens revealed in each of `steps` steps, K at most, from t = 1 to t = 0: all >= 1, their sum
-    K. R: each hidden one with probability 1 - gamma(s) / gamma(t); here: their expected number,
+    K. R: each hidden one with probability 1 - gamma(t_next) / gamma(t); here: the expected number,
     because then each sample costs the same, and depends on none beside it."""
     steps = min(steps, num_latents)
     times = torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu") / steps  # 1 ... 0
@@ -113,7 +113,7 @@ def draw_tokens(
     tau = torch.rand(batch, repeats, num_latents, **how)
     noise = torch.randn(batch, repeats, num_latents, latent_dim, **how)
     visible = num_latents - (num_latents * hidden_share(t, schedule)).ceil().long()
-    visible = visible.clamp(0, visible_slots(num_latents, schedule, t_min))  # not by rounding more
+    visible = visible.clamp(0, visible_slots(num_latents, schedule, t_min))  # for float32's ceil
     return TokenDraws(order, visible, tau, noise)
 
 
@@ -237,11 +237,11 @@ class MaskedPrior(nn.Module):
         # P: one std for all z; here: each number's, because a token is a query with its own mean.
         self.register_buffer("mean", torch.zeros(num_latents, latent_dim))
         self.register_buffer("std", torch.ones(num_latents, latent_dim))
-        self.class_embed = nn.Parameter(TOKEN_STD * torch.randn(num_classes, width))
-        self.mask_token = nn.Parameter(TOKEN_STD * torch.randn(width))  # and null class (App. D)
-        self.encoder_position = nn.Parameter(TOKEN_STD * torch.randn(places, width))
-        self.decoder_position = nn.Parameter(TOKEN_STD * torch.randn(places, width))
-        self.head_position = nn.Parameter(TOKEN_STD * torch.randn(num_latents, width))
+        self.class_embed = nn.Parameter(EMBED_STD * torch.randn(num_classes, width))
+        self.mask_token = nn.Parameter(EMBED_STD * torch.randn(width))  # and null class (App. D)
+        self.encoder_position = nn.Parameter(EMBED_STD * torch.randn(places, width))
+        self.decoder_position = nn.Parameter(EMBED_STD * torch.randn(places, width))
+        self.head_position = nn.Parameter(EMBED_STD * torch.randn(num_latents, width))
         self.proj_in, self.proj_decoder = nn.Linear(latent_dim, width), nn.Linear(width, width)
         self.norm_in, self.encoder_norm, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
         self.encoder = nn.ModuleList(Layer(width, heads) for _ in range(encoder_depth))
@@ -284,7 +284,7 @@ class MaskedPrior(nn.Module):
             x = layer(x, seen)
         x = self.proj_decoder(self.encoder_norm(x))
 
-        # Each visible token goes to its place, the mask token to all others.
+        # Visible tokens (of order 2 0 3 1, two visible: 2 and 0) to their places, else mask tokens.
         tokens = torch.where(filled, x[:, front:], self.mask_token)  # (B, V, C)
         tokens = self.mask_token.expand(B, K, -1).index_put((each, places), tokens)  # (B, K, C)
         x = torch.cat((x[:, :front], tokens), dim=1) + self.decoder_position
@@ -304,7 +304,7 @@ class MaskedPrior(nn.Module):
 
     def velocity(self, x: Tensor, tau: Tensor, h: Tensor, w: float) -> Tensor:
         """Guided v (B, n, d) of x (B, n, d): h has n features of the class, then of the null class.
-        This guides eps, as P does: given x_tau, v is affine in eps, for all classes alike."""
+        This guides eps, as P does: v = (x_tau - eps) / tau."""
         if not w:
             return self.head(x, tau, h)
         v, v_null = self.head(x.repeat(2, 1, 1), tau, h).chunk(2)  # (B, n, d) each
@@ -336,7 +336,7 @@ class MaskedPrior(nn.Module):
         order = (sampling_order(0, range(B), K) if order is None else order).to(u.device)
         z, counts = torch.zeros_like(self.standardise(u)), reveal_counts(K, steps, schedule)
         for step, count in enumerate(counts):
-            end = (len(counts) - 1 - step) / len(counts)
+            end = (len(counts) - 1 - step) / len(counts)  # t after it: 1 = all hidden, 0 = none
             w = guidance if self.num_classes and interval[0] <= end < interval[1] else 0.0
             copies = 2 if w else 1  # guided: twice the batch, the second half of the null class
             both = torch.cat((labels, null))[: copies * B]

@@ -14,9 +14,8 @@
 
 Why replace instead of drop: every image has N + K tokens, whatever its ratio, and a mask token
 tells the encoder that something is hidden at its place. Why queries: the flow needs a sequence
-whose length and meaning do not depend on which patches happened to be hidden. The visible patches
-alone, as in MAE, would be another number of tokens for every image; K query tokens that gather what
-the visible patches tell are always K.
+whose length and meaning do not depend on which patches happened to be hidden, as those of the
+visible patches alone would (MAE).
 
 The Vision Transformer below (Attention, MLP, Block) is written out here and shared with decoder.py.
 The encoder is deterministic: the mask and the noise are drawn by whoever calls it.
@@ -166,8 +165,8 @@ class Block(nn.Module):
         branch_scale: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). `coordinates` as in Attention. `branch_scale` (2, B) multiplies
-        the two residual branches, image by image: 0 drops one, 1/(1-p) makes up for it; None leaves
-        both alone."""
+        the two residual branches, image by image: 0 drops one, 1/(1-p) makes up for it (drop-path,
+        of the decoder only); None leaves both alone."""
         attention = self.attention(self.norm1(x), coordinates)
         x = x + (attention if branch_scale is None else branch_scale[0, :, None, None] * attention)
         mlp = self.mlp(self.norm2(x))

@@ -59,7 +59,7 @@ from common.weights import RANDOM, WeightsMissing, find_weights
 from losses import Perceptual, flow_nll, load_frozen_networks, pixel_loss
 from train import Config, MIMFlow, count_parameters, draws_of_pictures, load_checkpoint
 
-Steps = Iterator[Numbers | None]  # of a subcommand: None where the other processes leave, numbers
+Stages = Iterator[Numbers | None]  # of a subcommand: None where the other processes leave, numbers
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), labels (B,), numbers in the dataset
 
 SCORE_SPLIT = 5000  # pictures a split of the Inception Score
@@ -198,7 +198,7 @@ def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Picture
 # up) and narrows the set (recall down), and FID is best somewhere between.
 
 
-def generation(flags: Namespace) -> Steps:
+def generation(flags: Namespace) -> Stages:
     """FID, sFID, IS, precision, recall of samples against a reference set (Tab. 3)"""
     # What is compared; a checkpoint samples first, and keeps its samples.
     reference = PictureSet(flags.reference, flags.crop)
@@ -214,7 +214,7 @@ def generation(flags: Namespace) -> Steps:
         return dict(zip(("pool", "spatial"), features, strict=True))
 
     found = [look(work, pictures, pictures.path.name, flags) for pictures in sets]
-    yield
+    yield  # the other processes leave
     if (count := len(sets[0])) != 50_000:
         say(f"note: papers use 50,000 samples, not {count:,}, and FID depends on the number")
     numbers, left_out = dict.fromkeys(LEAST), {}
@@ -252,8 +252,7 @@ def sample_checkpoint(flags: Namespace) -> tuple[Path, Numbers]:
     runs.check_output(path, ".npz", [flags.samples, flags.reference], room)
     options = Namespace(**vars(sample.parse_arguments([])) | chosen | {"npz": path})
     sample.refuse_flags_of_the_other(options, model)
-    # Everywhere the slow and exact way: a number should not depend on the device it came from.
-    options.tolerance, options.bf16 = 0.0, False
+    options.bf16 = False  # a number should not depend on the device it came from
     sample.sample_set(flags.samples, model, list(range(count)) or [-1], options)  # -1 = no class
     protocol = {**chosen, "checkpoint": describe_checkpoint(flags.samples, model)}
     return path, {**protocol, "labels": f"sample i has class i mod {count}" if count else "none"}
@@ -315,7 +314,7 @@ def load_judges(flags: Namespace, side: int, count: int) -> tuple[Any, Any, Numb
     return inception, perceptual, {**protocol, "left_out": left_out}
 
 
-def reconstruction(flags: Namespace) -> Steps:
+def reconstruction(flags: Namespace) -> Stages:
     """rFID, PSNR, LPIPS, MSE and its frequencies, decoded from masked pictures (Tab. 5)"""
     model, pictures, protocol = open_checkpoint(flags, flags.num)
     config = replace(model.config, mask_ratio=tuple(flags.mask_ratio or model.config.mask_ratio))
@@ -347,7 +346,7 @@ def reconstruction(flags: Namespace) -> Steps:
         return {name: values.cpu() for name, values in found.items()}
 
     found = look(work, pictures, "reconstruction", flags)
-    yield
+    yield  # the other processes leave
     grid = found.pop("shown").transpose(0, 1).flatten(0, 1).clamp(-1, 1)
     data.save_png(grid, len(shown), flags.out)
     say(f"{flags.out}: originals, what the encoder sees, reconstructions")
@@ -449,7 +448,7 @@ def train_probes(
     return accuracy
 
 
-def probe(flags: Namespace) -> Steps:
+def probe(flags: Namespace) -> Stages:
     """Linear probe of encoder features, latent and every block of the flow (Fig. 6)"""
     model, unseen, protocol = open_checkpoint(flags, flags.num)
     source = unseen.source
@@ -465,7 +464,7 @@ def probe(flags: Namespace) -> Steps:
         return {**{name: x.float().cpu() for name, x in found.items()}, "labels": batch[1]}
 
     found = [look(work, x, f"{x.split} features", flags) for x in (seen, unseen)]
-    yield
+    yield  # the other processes leave
     sets = [(x, x.pop("labels")) for x in found]
     accuracy = train_probes(*sets, flags.epochs, flags.seed, flags.device)
     protocol |= {"data": source, "pool": flags.pool, "epochs": flags.epochs}
@@ -489,7 +488,7 @@ def probe(flags: Namespace) -> Steps:
 # they fall by when the class is given is what the class tells the flow.
 
 
-def likelihood(flags: Namespace) -> Steps:
+def likelihood(flags: Namespace) -> Stages:
     """exact log p_F(z) of the latents of pictures, with their class and without (Eq. 4)"""
     model, pictures, protocol = open_checkpoint(flags, flags.num)
     if model.flow is None:
@@ -512,7 +511,7 @@ def likelihood(flags: Namespace) -> Steps:
         return {kind: model.flow.log_prob(z, given[kind]).cpu().double() for kind in kinds}
 
     found = look(work, pictures, "likelihood", flags)
-    yield
+    yield  # the other processes leave
     numbers: Numbers = dict.fromkeys(("conditional", "unconditional"))
     for kind, nats in found.items():
         both, numbers[kind] = {"nats_an_image": nats}, {}
@@ -561,7 +560,7 @@ def plot_map(points: np.ndarray, labels: np.ndarray, names: list[str], path: Pat
     runs.write_file(path, functools.partial(figure.savefig, format="png", dpi=120))
 
 
-def latent_map(flags: Namespace) -> Steps:
+def latent_map(flags: Namespace) -> Stages:
     """the latents of pictures in two dimensions, coloured by class (Fig. 4)"""
     if flags.method == "umap" and importlib.util.find_spec("umap") is None:
         fail("--method umap needs `pip install umap-learn`; --method pca is built in", 2)
@@ -581,7 +580,7 @@ def latent_map(flags: Namespace) -> Steps:
         return {"mu": model.encoder(batch[0].to(flags.device)).flatten(1).cpu()}
 
     found = look(work, pictures, "latents", flags)
-    yield
+    yield  # the other processes leave
     # Each latent number is standardised, or the few that vary most would be the whole map.
     mu, numbers = found["mu"].double().numpy(), {}
     mu = (mu - mu.mean(axis=0)) / mu.std(axis=0).clip(min=1e-6)  # (n, K * d)
@@ -754,7 +753,7 @@ def model_to_time(flags: Namespace) -> MIMFlow:
     return model
 
 
-def cost(flags: Namespace) -> Steps:
+def cost(flags: Namespace) -> Stages:
     """parameters, multiply-adds, milliseconds a training step, seconds an image (Tab. 2, 4, 10)"""
     model = model_to_time(flags)
     c, dtype = model.config, "bfloat16 autocast" if uses_bf16(flags.device) else "float32"
@@ -771,7 +770,7 @@ def cost(flags: Namespace) -> Steps:
         protocol["timing"] = "median, after warming up"
         if flags.device.type != "cuda":
             protocol["left_out"] = {"peak_memory_gb": "counted on CUDA only"}
-    yield
+    yield  # the other processes leave
     yield {**numbers, "protocol": protocol}
 
 
@@ -859,11 +858,11 @@ def main(flags: Namespace) -> None:
         if path := vars(flags).get(name):
             runs.check_output(path, suffix, inputs)
     runs.start_processes(flags.device)
-    steps = COMMANDS[flags.command][0](flags)
-    next(steps)
+    stages = COMMANDS[flags.command][0](flags)
+    next(stages)
     runs.stop_processes()  # the rest may take longer than the others would wait
     if runs.rank() == 0:
-        report(next(steps), flags)
+        report(next(stages), flags)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Causality makes the Jacobian triangular: its determinant is the product of the e
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
 x_{i-1} first, so sampling goes token by token, with a key-value cache; or it iterates over many
 tokens at once, to the same result (`jacobi`). Blocks alternate the token order (forward, backward,
-...), so that every token is transformed by its whole context after two of them. Seven shallow
+...): one transforms a token given all before it, the next given all after it. Seven shallow
 blocks and a deep one ("deep-shallow"): the deep one, inverted first, does nearly all the work and
 alone is guided (App. A), so that only there each token is predicted twice.
 
@@ -127,12 +127,12 @@ class Layer(nn.Module):
 class Guidance(NamedTuple):
     """Classifier-free guidance of the deep block: weight `w`, 0 = none, and how it acts.
 
-    w grows with the token, w_i = w * i/(K-1), when `annealed`. With rule "tarflow" (default) the
-    conditional prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with
-    "starflow" two Gaussians are combined, and s, the square of the ratio of their scales but at
-    most 1, keeps it one:
-        s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w - w s
-        alpha = alpha_c - log(t) / 2,               mu = ((1 + w) mu_c - w s mu_null) / t
+    w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w. With
+    rule "tarflow" (default) the conditional prediction is extrapolated, alpha += w_i (alpha -
+    alpha_null) and likewise mu; with "starflow" it is p_c^(1 + w_i) / p_null^w_i, a Gaussian if
+    t > 0, which s <= 1 makes sure of:
+        s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w_i - w_i s
+        alpha = alpha_c - log(t) / 2,               mu = ((1 + w_i) mu_c - w_i s mu_null) / t
     """
 
     weight: float = 0.0
@@ -194,7 +194,7 @@ class AutoregressiveBlock(nn.Module):
 
     def condition(self, labels: Tensor) -> Tensor | float:
         """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN of all classes'
-        embeddings, as in TARFlow: labels dropped in training reach it, and through it all."""
+        embeddings, as in TARFlow: a label dropped in training trains them all, a little."""
         if self.class_embed is None:
             return 0.0
         null, rows = self.class_embed.mean(dim=0), self.class_embed[labels.clamp(min=0)]
@@ -296,7 +296,7 @@ def jacobi(
 
     A sweep puts a guess of x into the right-hand side of x_i = u_i * exp(alpha_i) + mu_i for all
     tokens of a window. A token is solved when no token before it has just changed by more than
-    `tolerance`, in any picture of the batch; the window then begins after it (Gauss-Seidel). That
+    `tolerance`, in any picture of the batch; the window then begins after it. That
     is one token a sweep at least, so K - 1 sweeps always suffice; `watch` is told each sweep's.
     Tolerance 0 is exact, but rounding alone can keep numbers changing; otherwise errors of about
     `tolerance` enter, and mostly far fewer sweeps are needed. That paper: fixed segments; here: a
@@ -304,17 +304,17 @@ def jacobi(
     solved token.
     """
     x = u.clone()  # token 0 passes unchanged; for the others u is a guess
-    before, after, u_after = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1
+    inputs, outputs, u_next = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1
     start, count = 0, u.shape[1] - 1
     while start < count:
         here = slice(start, min(start + window, count))
         # A wrong guess may overflow. It must not make the tokens before it NaN: attention
         # multiplies what it hides by zero, and 0 * inf is NaN.
-        guess = before[:, here].nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
+        guess = inputs[:, here].nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
         mu, alpha = predict(guess, start)  # (B, T, d) each
-        better = u_after[:, here] * torch.exp(alpha) + mu
-        settled = (better - after[:, here]).abs().amax(dim=(0, 2)) <= tolerance  # (T,)
-        after[:, here] = better  # writes into x, and so into `before`
+        better = u_next[:, here] * torch.exp(alpha) + mu
+        settled = (better - outputs[:, here]).abs().amax(dim=(0, 2)) <= tolerance  # (T,)
+        outputs[:, here] = better  # writes into x, and so into `inputs`
         # All settled ones from the first on, and the next, whose inputs these are.
         solved = min(1 + int(settled.cumprod(0).sum()), len(settled))  # waits for the device
         watch(solved)

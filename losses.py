@@ -14,12 +14,10 @@
         `--auxiliary decoder-> h(z) (B, N, C_t) -----+--(mask)---------------> auxiliary_loss
     x (B, 3, H, W) --DINOv2, CLIP, HOG--> f(x) (B, N, C_t)
 
-Phase 1 trains everything on L_joint + L_aux, summed over teachers; phase 2 trains the decoder
-alone on L_ft, against the discriminator.
-
-Every loss is one number per image, (B,): averaging first over an image and then over images is
-what makes one process on a joint batch and many processes on its parts the same computation. The
-weights lambda come from train.Config.
+Phase 1 trains everything on L_joint + lambda_t * L_aux, summed over teachers; phase 2 the decoder
+alone on L_ft, against the discriminator; the weights lambda come from train.Config. Every loss is
+one number per image, (B,): averaging first over an image, then over images, makes one process on a
+joint batch and many on its parts the same computation.
 """
 
 import math
@@ -50,9 +48,9 @@ def pixel_loss(
     """Mean squared error over the WHOLE image, masked or not (Eq. 5, App. A): sampling paints from
     the latent alone, so the latent must hold the visible patches as well.
 
-    images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,). The "MIM weight" of App. C.2 scales the
-    squared errors in the masked patches: `mask` (B, N) bool, True = hidden, N = grid * grid on a
-    square image. The sum is still divided by the number of pixels: visible ones count as without.
+    images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,). Only the "MIM weight" of App. C.2 looks
+    at masks: it scales the squared errors in masked patches, `mask` (B, N) bool, True = hidden, N =
+    grid * grid. The sum is still divided by the number of pixels: visible ones count as without.
     """
     square = (images - reconstructions).square()  # (B, 3, H, W)
     if mask is not None:
@@ -70,9 +68,10 @@ def reconstruction_loss(pixel: Tensor, perceptual: Tensor, perceptual_weight: fl
 def flow_nll(u: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
     """The two parts of L_NLL = -log p_F(z) / (K*d) (Eq. 4), nats per latent number, each (B,).
 
-    u = F(z) (B, K, d) and logdet (B,) in nats per image, as the flow returns them. The first part
-    pulls u to the origin, the second keeps the flow from shrinking everything to get there. Their
-    sum leaves out 0.5 * log(2 pi), as TARFlow does.
+    u = F(z) (B, K, d) and logdet (B,) in nats per image, as the flow returns them: the first part
+    pulls u to the origin, the second keeps it from shrinking there. 0.5 log(2 pi) = 0.919 is left
+    out, in the log as well, as in TARFlow; NormalizingFlow.log_prob has it. Eq. 2 and 3: log p(x)
+    >= E log p(x|z) + E log p_F(z) + the entropy of the noise, a constant, as sigma is fixed.
     """
     square = 0.5 * u.square().mean(dim=(1, 2))
     return square, -logdet / u[0].numel()
@@ -87,8 +86,8 @@ def auxiliary_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """L_aux of Eq. 7 for one teacher: predicted, target (B, N, C_t), mask (B, N) bool -> (B,).
 
     The mean of -cos over the masked patches (True) of each image, in at least float32. An image
-    without a masked patch is averaged over all of its patches: Tab. 8 has a row with teachers and
-    no masks.
+    without a masked patch (Tab. 8's row without masks, the start of a mask warm-up) is averaged
+    over all of its patches. The target is on the grid of the model's own patches.
     """
     predicted = at_least_float32(predicted)
     cosine = F.cosine_similarity(predicted, target.type_as(predicted), dim=-1)  # (B, N)

@@ -8,9 +8,9 @@
     [ z <- z + sigma^2 * grad_z log p_F(z), TARFlow's denoising, with --denoise ]
     z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8
 
-Sample number i has class classes[i mod C] and noise from (seed, i). Samples are made in batches of
---batch-size, batch j by process j mod world_size, so that one process and many write the same set,
-to the last bit where devices and threads a process are the same. Finished batches wait as files in
+Sample number i has class classes[i mod C] and noise of its own, by seed and i. Samples are made in
+batches of --batch-size, batch j by process j mod world_size, so that one process and many write the
+same set, to the last bit where devices and threads a process are the same. Finished batches wait in
 OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps torchrun from reading
 --num as an abbreviation of a flag of its own.)
 
@@ -82,9 +82,9 @@ def choose_guidance(weight: float | None, model: MIMFlow) -> float:
 # A batch
 #
 # A flow samples by running backwards: the deep block first, then the shallow ones, then the decoder
-# once. No mask is involved. The mask shaped the latents that the flow has learned, and those are
-# what it produces now (Sec. 3.3.2). Guidance moves each token away from what the model would expect
-# without a class (App. A); 0 is the exact inverse, and only that samples the model's own density.
+# once. Nothing is masked, no noise is added: both shaped the latents that the flow has learned, and
+# those are what it produces now (Sec. 3.3.2). Guidance moves each token away from what the model
+# would expect without a class (App. A); only 0, the exact inverse, samples the model's own density.
 
 
 def in_bfloat16(options: Namespace, device: torch.device) -> bool:
@@ -341,7 +341,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     text = "of its head in each step, an even number (default: 8)"
     add("--evaluations", type=even, metavar="N", help=text)
-    text = "guided steps end at lo <= s < hi (default: the preset's)"
+    text = "guided: steps whose end, from 1 (all hidden) to 0, is in [LO, HI)"
     share = runs.number(float, 0, 1, "between 0 and 1")
     add(
         "--guidance-interval", dest="interval", type=share, nargs=2, metavar=("LO", "HI"), help=text

@@ -22,7 +22,7 @@ Two deviations remember more and do not change the limit: dozens of products ins
    D = 128, condition number 1e4: 22,000 products without this memory, 150 with it.)
 
 An image is done when its own residual ||A v - theta v|| / theta, theta = v^T A v, is below the
-tolerance: an eigenvalue of A then lies that close, relatively, and half as close for sigma.
+tolerance: an eigenvalue of A then lies that close, relatively, and half as far for sigma.
 Rounding leaves about 1e-16 (condition number)^2 in float64, so beyond 1e5 the smallest value cannot
 prove 1e-6. It is then reported as not converged, with its residual.
 
@@ -234,7 +234,7 @@ class Extremes(NamedTuple):
     iterations_max: Tensor  # of Eq. 9
     iterations_min: Tensor  # of Eq. 10
     cg_steps: Tensor  # of conjugate gradients, over all iterations of Eq. 10
-    residual_max: Tensor  # ||A v - lambda v|| / lambda
+    residual_max: Tensor  # ||A v - theta v|| / theta, of an eigenvalue: the best found, no bound
     residual_min: Tensor
 
 

@@ -6,24 +6,24 @@
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
         --init runs/mimflow-l/model.pt --data /path/to/imagenet
 
-Phase 1 (`JointTraining`), encoder, flow and decoder together:
+Phase 1 (`JointTraining`), encoder, flow and decoder together, nothing detached:
 
     images (B,3,H,W), mask (B,N) --encoder--> mu (B,K,d) --+ sigma*eps--> z (B,K,d)      Eq. 1
     z, labels --flow--> u (B,K,d), logdet (B,)                        -> L_NLL           Eq. 4
     z --decoder--> image (B,3,H,W)                                    -> L_recon         Eq. 5
     z --auxiliary decoders--> (B,N,C_t), frozen teachers(images)      -> L_aux           Eq. 7
-    loss = lambda_nll L_NLL + L_recon + L_aux                                    Eq. 6 and 7
+    loss = lambda_nll L_NLL + L_recon + lambda_t L_aux, each teacher             Eq. 6 and 7
 
 Phase 2 (`DecoderTraining`), the decoder alone, against a discriminator:
 
     z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN
     loss = L_recon + lambda_gan L_GAN                                                    Eq. 8
 
-The same command continues an unfinished run, exactly (with another number of processes: up to
-rounding), on devices of the same model, because nothing random needs saving: all that is random is
-a function of (seed, step). (One exception: BatchNorm of the discriminator sees the share of one
-process, unless on CUDA, where it is synchronised; so on CPU the number of processes, and anywhere
---grad-accum, changes phase 2.)
+The same command continues an unfinished run, exactly on a CPU (on a GPU, whose kernels add in any
+order, or with another number of processes: up to rounding), on devices of the same kind, because
+nothing random needs saving: all that is random is a function of (seed, step). (One exception:
+BatchNorm of the discriminator sees the share of one process, unless on CUDA, where it is
+synchronised; so on CPU the number of processes, and anywhere --grad-accum, changes phase 2.)
 """
 
 import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
@@ -105,15 +105,15 @@ class Config:
     emigm_depths: tuple[int, ...] = option((16, 16), "its encoder, decoder", (1, 1000), nargs=2)
     emigm_buffer: int = option(32, "class tokens in front", POSITIVE)
     emigm_head: tuple[int, ...] = option((1280, 8), "its head: channels, blocks", POSITIVE, nargs=2)
-    emigm_schedule: str = option("exp", "of what is hidden", choices=SCHEDULES)
+    emigm_schedule: str = option("exp", "how many are hidden at a time", choices=SCHEDULES)
     emigm_t_min: float = option(0.2, "least time in training: how few are hidden", SHARE)
     emigm_repeats: int = option(4, "times and noises a token in training", POSITIVE)
     emigm_steps: int = option(16, "steps of sampling", POSITIVE)
-    emigm_interval: tuple[float, ...] = option((0.1, 0.3), "of guidance", SHARE, nargs=2)
+    emigm_interval: tuple[float, ...] = option((0.1, 0.3), "guided: [lo, hi)", SHARE, nargs=2)
     # Losses (Tab. 7)
     nll_weight: float = option(1.0, "weight of L_NLL in Eq. 6")
     nll_warmup: int = option(0, "steps over which that weight grows from 0; paper: 0")
-    mask_warmup: int = option(0, "steps over which the mask ratio grows from 0; paper: 0")
+    mask_warmup: int = option(0, "steps over which both ends of --mask-ratio grow from 0; paper: 0")
     label_drop: float = option(0.1, "probability to train a label as unconditional", SHARE)
     mim_weight: float = option(1.0, "weight of pixels in masked patches (App. C.2)")
     perceptual_weight: float = option(1.1, "weight of LPIPS in Eq. 5; 0 = none")
@@ -235,7 +235,7 @@ def check_config(config: Config) -> None:
         if name not in TEACHERS or c.teachers.count(name) > 1:
             problem = f"--teachers {name}: choose each of {', '.join(TEACHERS)} once at most"
     if c.prior == "emigm" and not c.freeze_autoencoder:
-        # Its loss bounds no entropy of z: an encoder that it trained would collapse.
+        # Its loss rewards z that is easy to predict, and no logdet pays for shrinking z: collapse.
         problem = "--prior emigm needs --freeze-autoencoder (and --init): it trains no encoder"
     if c.phase == "decoder" and c.freeze_autoencoder:
         problem = "--phase decoder trains what --freeze-autoencoder freezes: choose one"
@@ -268,10 +268,10 @@ def resolve(config: Config, dataset: Dataset) -> Config:
 # --------------------------------------------------------------------------------------------------
 # What is random in a step
 #
-# All that is random in step s is drawn from one generator seeded with (seed, s), for the GLOBAL
-# batch; every process draws it all and takes its rows. So nothing random has to be saved, a resumed
-# run is the uninterrupted one, and two processes are one. (A stream for each process, or a mean
-# over its own number of masked patches, would break the last.)
+# All that is random in the networks in step s is drawn from one generator seeded with (seed, s),
+# for the GLOBAL batch; every process draws it all and takes its rows. So nothing random has to be
+# saved, a resumed run is the uninterrupted one, and two processes are one: with a stream for each
+# they would not be. (Order and flips of pictures, from seed and epoch: common/data.py.)
 
 
 def derived_seed(*parts: int) -> int:
@@ -324,7 +324,7 @@ def draws_of_pictures(
     """Draws for evaluating, past the warm-up of the mask: picture number n of a dataset has its
     own, from (seed, n), whatever is beside it and on every device."""
     # A batch of one each, on the CPU. draw_randomness derives its seed from this one once more, so
-    # that picture n does not meet the stream of training step n.
+    # that picture n does not meet the stream of training step n. prior="flow": no TokenDraws.
     one = replace(config, batch_size=1, mask_warmup=0, prior="flow")
     seeds = (derived_seed(seed, n) for n in numbers)
     each = [draw_randomness(replace(one, seed=s), 0, torch.device("cpu")) for s in seeds]
@@ -441,7 +441,7 @@ def painting_loss(
 
 
 class JointTraining(nn.Module):
-    """Phase 1: the model, the auxiliary decoders, and Eq. 4 to 7 as one forward pass (Fig. 2)."""
+    """Phase 1: Eq. 4 to 7 as one forward pass (Fig. 2); frozen, or without a flow: baselines."""
 
     def __init__(self, model: MIMFlow, frozen: FrozenNetworks):
         super().__init__()
@@ -461,8 +461,8 @@ class JointTraining(nn.Module):
         mu, z = model.latents(images, draws)  # Eq. 1, (B, K, d)
         # -1 trains the null class, which guidance later compares with: both from one flow.
         labels = torch.where(draws.drop_label, -1, labels)
-        # Over the images of this forward pass, so comparable between equal parts only. Near 0 the
-        # latent has collapsed: the flow is content and the picture is lost.
+        # Over the images of this forward pass: compare equal batch sizes only. Near 0 the latent
+        # has collapsed: the flow is content and the picture is lost.
         mu_std = mu.detach().std(dim=0, correction=0).mean()
         if model.flow is None:
             slots = visible_slots(c.num_latents, c.emigm_schedule, c.emigm_t_min)
@@ -604,7 +604,7 @@ def accumulate_gradients(
 
 def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Tensor]:
     """A step of every optimizer with clipped gradients -> the norm of the first player's gradient;
-    1.0 if any gradient was not finite, else 0.0. Then no weight moves (found_inf, as torch's
+    1.0 if any gradient was not finite, else 0.0. Then no weight or moment moves (found_inf, as
     GradScaler does it: the decision stays on the device). The norms are of averaged gradients, so
     all processes decide alike, and both players move or none."""
     norms = [nn.utils.clip_grad_norm_(p.module.parameters(), config.grad_clip) for p in players]
@@ -817,8 +817,8 @@ def main(config: Config, overwrite: bool = False) -> None:
         runs.cut_log(c.run_dir / "log.jsonl", start)
         runs.write_text(c.run_dir / "config.json", json.dumps(asdict(config), indent=1))
 
-    # The loop. Nothing in it waits for the GPU but logging, sampling and saving: the host stays
-    # ahead and keeps the device busy.
+    # The loop: gradients, update, EMA. Nothing in it waits for the GPU but logging, sampling and
+    # saving: the host stays ahead and keeps the device busy.
     logged, since, complete, stopped_by = start, time.perf_counter(), True, 0
     broken, stop = data.BrokenImages(len(dataset)), runs.StopSignal()
     bar = runs.progress(None, "training", total=c.steps, initial=start)
@@ -852,7 +852,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         if rank() == 0 and (done % c.sample_every == 0 or at_end):
             runs.attempt("a grid of samples", sample_grid, ema, device, done)
         # Asked at every step: a process that left alone would leave the others waiting. While
-        # gradients are not finite nothing is saved, so that both checkpoints are from before.
+        # gradients are not finite no save is due, so that both checkpoints are from before.
         stopped_by = stop.agreed()
         due = at_end or stopped_by or (done % c.save_every == 0 and skipped.in_a_row == 0)
         if rank() == 0 and due:
