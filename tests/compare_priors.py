@@ -1,25 +1,30 @@
 """Two priors on the same latents: the flow (flow.py) beside masked generation (emigm.py).
 
-    python train.py && python tests/compare_priors.py            # about an hour on two cores
+    python train.py && python tests/compare_priors.py          # about two hours on two cores
+    python tests/compare_priors.py --times                     # on an otherwise idle machine
 
 Not collected by pytest. On ONE frozen checkpoint of the preset shapes it trains, where they are
-missing, (B) the flow again and (C) the second prior, with the same data, steps and learning rate,
-one run a seed in runs/priors/, then compares them and (A) the flow that was trained jointly:
+missing, (B) the flow again and (C) the second prior, with the same data and steps, one run a seed
+in runs/priors/. The learning rate of each is the one with the least FD z on seed 0. Then it
+compares them and (A) the flow that was trained jointly:
 
     class-correct   share of samples that an independent CNN (tests/judge.py) assigns to their class
     FD features     Frechet distance of that CNN's 128 pooled features, samples against pictures
     FD z            the same of the K*d latent numbers: of the priors alone, without the decoder
     critic          mean log p_B(z) in nats a latent number: the exact density as a judge of both
+    loss of C       on real latents with a quarter, half, three quarters of the tokens visible
 
 Prints README's table, and with matplotlib writes docs/priors.png: quality against calls.
 """
 
 import argparse
-import json
+import functools
+import math
 import statistics
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +37,8 @@ import judge  # noqa: E402
 
 import train  # noqa: E402
 from common.data import SHAPES, Pictures  # noqa: E402
-from emigm import sampling_order  # noqa: E402
-from evaluate import frechet_distance, moments  # noqa: E402
+from emigm import draw_tokens, sampling_order  # noqa: E402
+from evaluate import frechet_distance, moments, training_step  # noqa: E402
 
 FLAGS = {"B": [], "C": ["--prior", "emigm"]}  # what is trained on the frozen latents
 GUIDANCES, STEPS, BATCHES = (0.0, 1.0, 2.0), (1, 2, 4, 8, 16), (1, 8, 64)
@@ -44,23 +49,25 @@ def run_folder(folder: Path, kind: str, seed: int, lr: str) -> Path:
     return folder / f"{kind}-seed{seed}-lr{lr}"
 
 
-def train_missing(base: Path, folder: Path, seeds: list[int], lr: str) -> None:
-    """Train what is not there; the same command would continue it."""
-    for seed in seeds:
-        for kind, flags in FLAGS.items():
-            out = run_folder(folder, kind, seed, lr)
-            if not (out / "model.pt").exists():
-                command = [sys.executable, str(ROOT / "train.py"), "--init", str(base)]
-                command += ["--freeze-autoencoder", "--mask-warmup", "0", "--nll-warmup", "0"]
-                command += ["--nll-weight", "1", "--seed", str(seed), "--lr", lr, *flags]
-                subprocess.run([*command, "--out", str(out)], check=True)
+def trained(base: Path, folder: Path, kind: str, seed: int, lr: str) -> train.MIMFlow:
+    """The model of a run, which is trained if it is not there; interrupted, it goes on."""
+    out = run_folder(folder, kind, seed, lr)
+    if not (out / "model.pt").exists() or train.load_checkpoint(out / "model.pt").step < 3000:
+        command = [sys.executable, str(ROOT / "train.py"), "--init", str(base)]
+        command += ["--freeze-autoencoder", "--mask-warmup", "0", "--nll-warmup", "0"]
+        command += ["--nll-weight", "1", "--seed", str(seed), "--lr", lr, *FLAGS[kind]]
+        subprocess.run([*command, "--out", str(out)], check=True)
+    return train.load_checkpoint(out / "model.pt")
 
 
 @torch.no_grad()
-def real_latents(model: train.MIMFlow) -> tuple[Tensor, Tensor, Tensor]:
-    """Validation pictures (n, 3, H, W), their latents z (n, K, d) as in training, and labels."""
+def real_latents(model: train.MIMFlow, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`num` validation pictures (n, 3, H, W), their latents z (n, K, d) as in training, labels."""
     c, z, images = model.config, [], []
     pictures = Pictures(None, c.image_size, "val")
+    # Picture i is a function of i, so that the validation split goes on behind its end.
+    pictures.numbers = np.arange(num)
+    pictures.labels = pictures.dataset.labels = pictures.numbers % len(SHAPES)
     for first in range(0, len(pictures), 250):
         batch, _, numbers = pictures[range(first, first + 250)]
         draws = train.draws_of_pictures(c, numbers.tolist(), 0, torch.device("cpu"))
@@ -102,7 +109,7 @@ class Comparison:
 
     def __init__(self, base: train.MIMFlow, critic: train.MIMFlow, num: int):
         self.decoder, self.critic, self.num = base.decoder, critic.flow, num
-        self.images, self.z, self.labels = real_latents(base)
+        self.images, self.z, self.labels = real_latents(base, num)
         self.cnn = judge.train_classifier(base.config.image_size)
         held_out = judge.recoloured(2000, base.config.image_size, seed=78)
         self.held_out = judge.accuracy(self.cnn, *held_out)
@@ -126,15 +133,27 @@ class Comparison:
         }
 
     @torch.no_grad()
-    def of(self, model: train.MIMFlow, **how) -> dict[str, float]:
+    def of(self, model: train.MIMFlow, weights=GUIDANCES, **how) -> dict[str, float]:
         """All numbers of one prior."""
         found = {}
-        for w in GUIDANCES:
+        for w in weights:
             z = sample_latents(model, self.num, w, **how)
             found[f"correct_{w:g}"] = self.correct(z)
             if w == 0:
                 found |= self.numbers(z, self.wanted)
         return found
+
+    @torch.no_grad()
+    def loss(self, model: train.MIMFlow, visible: int) -> float:
+        """C's loss on the real latents with so many tokens visible."""
+        (B, K, d), R = self.z.shape, model.config.emigm_repeats
+        generator, total = torch.Generator().manual_seed(0), 0.0
+        for first in range(0, B, 250):
+            rows = slice(first, first + 250)
+            draws = draw_tokens(250, K, d, repeats=R, generator=generator)
+            draws = draws._replace(visible=torch.full((250,), visible))
+            total += float(model.emigm(self.z[rows], self.labels[rows], draws, K - 1).sum())
+        return total / B
 
 
 def seconds(model: train.MIMFlow, batch: int, **how) -> float:
@@ -145,11 +164,6 @@ def seconds(model: train.MIMFlow, batch: int, **how) -> float:
         sample_latents(model, batch, 0.0, **how)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken) / batch
-
-
-def ms_a_step(run: Path) -> float:
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["ms_per_step"] for line in lines)
 
 
 def spread(values: list[float]) -> str:
@@ -176,43 +190,65 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "runs/shapes/model.pt")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/priors")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", default="0.002", help="of B and of C")
-    parser.add_argument("--num", type=int, default=5000, help="samples a number")
-    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--lr", nargs="+", default=["0.001", "0.002", "0.004"], help="tried")
+    parser.add_argument("--num", type=int, default=5000, help="samples a number, 250 at a time")
+    parser.add_argument("--times", action="store_true", help="print seconds only, of seed 0")
     options = parser.parse_args()
-    train_missing(options.base, options.folder, options.seeds, options.lr)
-    if options.train_only:
-        return
+    make = functools.partial(trained, options.base, options.folder)
     base = train.load_checkpoint(options.base)
-    runs = {
-        kind: [run_folder(options.folder, kind, s, options.lr) for s in options.seeds]
-        for kind in FLAGS
-    }
-    models = {k: [train.load_checkpoint(run / "model.pt") for run in v] for k, v in runs.items()}
-    compare = Comparison(base, models["B"][0], options.num)
+    calls_of_flow = (base.config.num_latents - 1) * len(base.flow.blocks)
+    calls_of_emigm = {
+        steps: steps * (1 + 8) for steps in STEPS
+    }  # Transformer, and its head 8 times
+    if options.times:
+        return print_times({kind: make(kind, 0, options.lr[0]) for kind in FLAGS})
+
+    first = {(kind, lr): make(kind, 0, lr) for kind in FLAGS for lr in options.lr}
+    compare = Comparison(base, first["B", options.lr[0]], options.num)
     real = compare.numbers(compare.z, compare.labels)
     print(f"CNN on held-out recoloured pictures: {100 * compare.held_out:.1f} %")
-    print(f"real latents: critic {real['critic']:.3f}, FD features {real['fd_features']:.3g}")
-
-    K = base.config.num_latents
-    calls_of_flow, plotted = (K - 1) * len(base.flow.blocks), {}
-    rows = {"A, the joint flow": ([base], {}, calls_of_flow)}
+    print("\n| seed 0 | lr | correct, w = 0 | FD features | FD z |\n" + "|---" * 5 + "|")
+    best: dict[str, tuple[float, str]] = {}
+    for (kind, lr), model in first.items():
+        found = compare.of(model, (0.0,))
+        cells = (f"{found[key]:.4g}" for key in ("correct_0", "fd_features", "fd_z"))
+        print(f"| {kind} | {lr} | {' | '.join(cells)} |", flush=True)
+        best[kind] = min(best.get(kind, (math.inf, "")), (found["fd_z"], lr))
+    models = {kind: [make(kind, s, best[kind][1]) for s in options.seeds] for kind in FLAGS}
+    compare.critic = models["B"][0].flow
+    real = compare.numbers(compare.z, compare.labels)
+    print(f"\nreal latents: critic {real['critic']:.3f}, FD features {real['fd_features']:.3g}")
+    rows, plotted = {"A, the joint flow": ([base], {}, calls_of_flow)}, {}
     rows["B, the flow again"] = (models["B"], {}, calls_of_flow)
-    for steps in STEPS:
-        calls = min(steps, K) * (1 + 8)  # of the Transformer, and 8 of its head
+    for steps, calls in calls_of_emigm.items():
         rows[f"C, emigm, {steps} steps"] = (models["C"], dict(steps=steps), calls)
     columns = ["calls", *(f"correct, w = {w:g}" for w in GUIDANCES), "FD features", "FD z"]
-    columns += ["critic", *(f"ms, batch {batch}" for batch in BATCHES)]
-    print(f"\n| prior | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
+    print(f"\n| prior | {' | '.join([*columns, 'critic'])} |\n{'|---' * 8}|")
     for name, (several, how, calls) in rows.items():
         found = [compare.of(model, **how) for model in several]
         cells = [spread([one[key] for one in found]) for key in NUMBERS]
-        cells += [f"{1000 * seconds(several[0], batch, **how):.3g}" for batch in BATCHES]
         print(f"| {name} | {calls} | {' | '.join(cells)} |", flush=True)
         plotted[name] = (calls, float(np.mean([one["correct_0"] for one in found])))
-    for kind, folders in runs.items():
-        print(f"\ntraining of {kind}: {ms_a_step(folders[0]):.0f} ms a step (median)")
+    for visible in (4, 8, 12):
+        values = [compare.loss(model, visible) for model in models["C"]]
+        print(f"loss of C, {visible} of 16 visible: {spread(values)}")
     plot(plotted, ROOT / "docs/priors.png")
+
+
+def print_times(models: dict[str, train.MIMFlow]) -> None:
+    """Seconds a picture of sampling latents, guidance 0, and milliseconds a training step."""
+    print(
+        f"| prior | {' | '.join(f'ms a picture, batch {b}' for b in BATCHES)} |\n|---|---|---|---|"
+    )
+    rows = {"B": (models["B"], {})} | {f"C, {s} steps": (models["C"], dict(steps=s)) for s in STEPS}
+    for name, (model, how) in rows.items():
+        cells = (f"{1000 * seconds(model, batch, **how):.3g}" for batch in BATCHES)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for kind in models:
+        model = models[kind]
+        step = training_step(model.config, model.config.batch_size, torch.device("cpu"))
+        taken = timeit.repeat(step, number=1, repeat=25)[5:]
+        print(f"training step of {kind}: {1000 * statistics.median(taken):.0f} ms, median of 20")
 
 
 if __name__ == "__main__":
