@@ -1,7 +1,7 @@
 """Both phases of MIMFlow's training (Sec. 3.2.3 and 3.3, Tab. 6 and 7).
 
     python train.py                                       # preset shapes: built-in pictures
-    python train.py --data FOLDER                         # your pictures: class folders or flat
+    python train.py --preset photos --data FOLDER         # your pictures: class folders or flat
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --data /path/to/imagenet
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
         --init runs/mimflow-l/model.pt --data /path/to/imagenet
@@ -61,8 +61,7 @@ RETIRED = ("convnext", "convnext_mix")  # fields of older checkpoints: switches 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 #
-# One flat dataclass is the whole truth about a run. Its defaults are the paper's; a preset changes
-# some, flags of the same names change more, and the result is written to config.json and into every
+# One flat dataclass is the whole truth about a run. It is written to config.json and into every
 # checkpoint: a model can be rebuilt from its file, and a run with other settings refused by name.
 
 
@@ -76,7 +75,7 @@ class Config:
     init: str | None = option(None, "checkpoint of phase 1 to begin with", metavar="CKPT")
     freeze_autoencoder: bool = option(False, "train the flow alone, as STARFlow does; needs --init")
     # Data (App. A: ADM's recipe)
-    data: str | None = option(None, "pictures; nothing = built-in shapes", metavar="FOLDER")
+    data: str | None = option(None, "folder, or cifar10, pets, ...; no = built-in", metavar="DATA")
     image_size: int = option(256, "side of the training images, pixels", POSITIVE)
     num_classes: int | None = option(None, "0 = no labels; left out: counted in the data")
     num_workers: int = option(8, "data-loading processes per GPU", (0, 1024))
@@ -164,28 +163,27 @@ LAPTOP = "shapes"  # the preset of plain `python train.py`; Config() alone is th
 FROZEN = dict(num_classes=1000, freeze_autoencoder=True, perceptual_weight=0.0, teachers=())
 
 # fmt: off
-# A preset lists what it changes.
+# A preset lists what it changes. These are shared by those that need no download.
+SMALL = dict(
+    patch_size=4, heads=4, drop_path=0.0, guidance=1.0, save_every=500, sample_every=500,
+    # paper: 1.0, beside LPIPS and two teachers. Here, against MSE alone, 1.0 makes mu collapse: the
+    # flow prefers a latent without information. Ramps of it and of masks let the autoencoder lead.
+    nll_weight=0.01, perceptual_weight=0.0, teachers=(),
+    # paper: constant rate, with an EMA over 10,000 steps. Here there are few steps.
+    lr_warmup=50, lr_decay=0.5, weight_decay=0.0,
+)
 PRESETS: dict[str, dict[str, Any]] = {
     LAPTOP: dict(
-        image_size=32, num_workers=0, patch_size=4, width=96, depth=2, heads=4, drop_path=0.0,
-        num_latents=16, latent_dim=8, flow_width=96, flow_depths=(1, 1, 1, 3), flow_head_dim=24,
-        # paper: 1.0, beside LPIPS and two teachers. Here, against MSE alone, 1.0 makes mu collapse:
-        # the flow prefers a latent without information. The ramps let the autoencoder come first.
-        nll_weight=0.01, nll_warmup=500, mask_warmup=900,
-        # paper: 1.1 and DINOv2, CLIP; here: none, because their networks are downloads.
-        perceptual_weight=0.0, teachers=(), aux_width=128,
-        # paper: constant rate, with an EMA over 10,000 steps. Here there are few steps.
-        steps=3000, batch_size=16, lr=2e-3, lr_warmup=50, lr_decay=0.5, weight_decay=0.0, ema=0.995,
-        guidance=1.0, save_every=500, log_every=20, sample_every=500,
+        SMALL, image_size=32, num_workers=0, width=96, depth=2, num_latents=16, latent_dim=8,
+        flow_width=96, flow_depths=(1, 1, 1, 3), flow_head_dim=24, nll_warmup=500, mask_warmup=900,
+        aux_width=128, steps=3000, batch_size=16, lr=2e-3, ema=0.995, log_every=20,
     ),
-    # Your own pictures on one GPU, or in a night on a CPU. K d is 1/24 of the values of a picture,
-    # as in the paper; 256 small patches, since hiding small ones costs the picture least.
+    # One's own pictures on one GPU, or overnight on a CPU. As in the paper, K d is 1/24 of the
+    # numbers of a picture, and its patches are 256: hiding small ones costs it least.
     "photos": dict(
-        image_size=64, num_workers=4, patch_size=4, width=128, depth=3, heads=4, num_latents=32,
-        latent_dim=16, flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, aux_width=256,
-        nll_weight=0.01, nll_warmup=1000, mask_warmup=1000, perceptual_weight=0.0, teachers=(),
-        steps=20_000, batch_size=32, lr=1e-3, lr_warmup=50, lr_decay=0.5, ema=0.999,
-        guidance=1.0, save_every=500, log_every=50, sample_every=1000,
+        SMALL, image_size=64, num_workers=4, width=128, depth=3, num_latents=32, latent_dim=16,
+        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, nll_warmup=1000,
+        mask_warmup=1000, aux_width=256, steps=20_000, batch_size=32, lr=1e-3, ema=0.999,
     ),
     "mimflow-l": dict(num_classes=1000),
     # On the latents of a finished autoencoder (--init): no picture is decoded, none is judged.
@@ -194,18 +192,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What --prior emigm changes in a preset.
-EMIGM: dict[str, dict[str, Any]] = {LAPTOP: dict(
+EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
     emigm_width=96, emigm_heads=4, emigm_depths=(2, 3), emigm_buffer=4, emigm_head=(96, 3),
     # K is small: exp would hide all tokens in half of the pictures, and never show many.
     emigm_schedule="cosine", emigm_t_min=0.0, emigm_steps=8, emigm_interval=(0.0, 1.0),
-)}
+))
 
 # What --phase decoder changes in a preset (Tab. 7, right column).
-DECODER_PHASE: dict[str, dict[str, Any]] = {
+DECODER_PHASE: dict[str, dict[str, Any]] = {"mimflow-l": dict(epochs=2)} | dict.fromkeys(
     # paper: 0.05, beside LPIPS. Against MSE alone 0.005 already paints a grid of artefacts.
-    LAPTOP: dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001),
-    "mimflow-l": dict(epochs=2),
-}
+    (LAPTOP, "photos"), dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001)
+)
 
 # Fields that may change when a run is continued; any other difference makes it another run.
 MAY_CHANGE = {
@@ -634,8 +631,6 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
 #                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
 #   previous.pt  the last.pt before it, in case that one is damaged
 #   model.pt     format, step, config, class_names, model (= the EMA weights): what one shares
-#
-# The bare model is saved, never what compile or DDP wrap around it.
 
 
 def saved_parts(model: MIMFlow, ema: MIMFlow, players: list[Player]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ and for `dataset[epoch, i]`, the training picture, which may be augmented. Image
 import colorsys
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,24 +21,14 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import hflip, pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common.runs import (
-    TIMEOUT,
-    InputError,
-    fail,
-    file_sha256,
-    ignore_signals,
-    printable,
-    progress,
-    rank,
-    say,
-    world_size,
-    write_file,
-)
+from common import runs
+from common.runs import InputError, fail, printable, progress, rank, say, world_size
 
 SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
 MAX_ASPECT = 64  # the centre of a longer picture is all that is looked at
@@ -81,9 +72,7 @@ def to_uint8(images: Tensor) -> Tensor:
 # The built-in pictures: ten shapes, rendered on the fly, nothing to download
 
 
-def regular_polygon(
-    corners: int, radius: float, start: float = 90.0, shift: float = 0.0
-) -> np.ndarray:
+def regular_polygon(corners: int, radius: float, start=90.0, shift=0.0) -> np.ndarray:
     """Corners (corners, 2) as (x, y), y downwards, first at `start` degrees, shifted along x."""
     angle = np.radians(start + 360.0 * np.arange(corners) / corners)
     return np.stack((radius * np.cos(angle) + shift, -radius * np.sin(angle)), axis=1)
@@ -93,8 +82,8 @@ T = np.linspace(0, 2 * math.pi, 48, endpoint=False)  # the heart is a curve of t
 HEART_Y = 13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)
 STAR = (regular_polygon(5, 1.1), regular_polygon(5, 0.45, start=126))  # its tips, and between
 CROSS_ARM = np.array(((-0.34, -1), (0.34, -1), (0.34, -0.34)))  # a quarter of the corners
-QUARTER_TURN = np.array(((0, 1), (-1, 0)))  # (x, y) -> (-y, x)
-ARROW = ((-1, -0.3), (0, -0.3), (0, -0.9), (1.1, 0), (0, 0.9), (0, 0.3), (-1, 0.3))
+QUARTER_TURNS = [np.linalg.matrix_power(((0, 1), (-1, 0)), t) for t in range(4)]
+ARROW = np.array(((-1, -0.3), (0, -0.3), (0, -0.9), (1.1, 0), (0, 0.9), (0, 0.3), (-1, 0.3)))
 
 # Class name -> polygons about the origin, radius about 1: the first is filled, the second cut out.
 SHAPES: dict[str, list[np.ndarray]] = {
@@ -102,14 +91,12 @@ SHAPES: dict[str, list[np.ndarray]] = {
     "square": [regular_polygon(4, 1.2, start=45)],
     "triangle": [regular_polygon(3, 1.2) + (0, 0.2)],
     "star": [np.stack(STAR, axis=1).reshape(10, 2)],
-    "cross": [
-        np.concatenate([CROSS_ARM @ np.linalg.matrix_power(QUARTER_TURN, t) for t in range(4)])
-    ],
+    "cross": [np.concatenate([CROSS_ARM @ turn for turn in QUARTER_TURNS])],
     "ring": [regular_polygon(48, 1.0), regular_polygon(48, 0.55)],
     "heart": [np.stack((np.sin(T) ** 3, -(HEART_Y + 2) / 16), axis=1)],
     "moon": [regular_polygon(48, 1.0, shift=-0.15), regular_polygon(48, 0.85, shift=0.35)],
     "bar": [np.array(((-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)))],
-    "arrow": [np.array(ARROW)],
+    "arrow": [ARROW],
 }
 
 
@@ -247,7 +234,8 @@ class FolderDataset(Dataset):
     def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
         top = Path(folder)
         if not top.is_dir():
-            fail(f"there is no data folder {folder}: give --data a folder of pictures")
+            known = f"a folder of pictures, or one of {', '.join(NAMED)}"
+            fail(f"there is no data folder {folder}: give --data {known}")
         self.image_size, self.seed = image_size, seed
         folders = {path.name for path in look_into(top)[0]}
         has_splits = "train" in folders and folders <= {"train", "val", "test"}
@@ -255,9 +243,7 @@ class FolderDataset(Dataset):
             fail(f"{folder} has train/ but no {split}/: add {split}/ to it")
         alike = sorted(name for name in folders if name.lower() in SPLIT_NAMES)
         if not has_splits and len(alike) > 1:  # else they would become classes
-            fail(
-                f"{folder} has {', '.join(alike)}: name them train, val, test, nothing beside them"
-            )
+            fail(f"{folder} has {', '.join(alike)}: name them train, val, test, nothing else")
         self.root = top / split if has_splits else top
         names = [path.name for path in look_into(top / "train" if has_splits else top)[0]]
         pictures = look_into(self.root)[1]
@@ -284,17 +270,85 @@ class FolderDataset(Dataset):
     def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
         """`key`: an index, or (epoch, index), which also flips half of the pictures."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        picture = read_picture(self.root / os.fsdecode(self.paths[index]), self.image_size)
+        picture = self.read(index)
         if epoch is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             picture = hflip(picture)
         return to_tensor(picture), int(self.labels[index])
 
+    def read(self, index: int) -> Image.Image:
+        """Picture `index`, cropped."""
+        return read_picture(self.root / os.fsdecode(self.paths[index]), self.image_size)
+
+
+# fmt: off
+# name -> torchvision's class, its arguments for train and for val, and for want of a network the
+# address (and where in data/NAME it is unpacked).
+VGG, KRIZ = "https://www.robots.ox.ac.uk/~vgg/data", "https://www.cs.toronto.edu/~kriz"
+NAMED = {
+    "cifar10": ("CIFAR10", dict(train=True), dict(train=False), f"{KRIZ}/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", dict(train=True), dict(train=False),
+        f"{KRIZ}/cifar-100-python.tar.gz"),
+    "flowers102": ("Flowers102", dict(split="train"), dict(split="val"),
+        VGG + "/flowers/102/{102flowers.tgz,imagelabels.mat,setid.mat}", "flowers-102"),
+    "pets": ("OxfordIIITPet", dict(split="trainval"), dict(split="test"),
+        VGG + "/pets/data/{images,annotations}.tar.gz", "oxford-iiit-pet"),
+    "imagenette": ("Imagenette", dict(size="320px"), dict(size="320px", split="val"),
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"),
+    "stl10": ("STL10", dict(split="train"), dict(split="test"),
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+}
+# fmt: on
+
+
+class NamedDataset(FolderDataset):
+    """A published data set, downloaded and read by torchvision's class of it, in data/NAME: its own
+    classes, and its own split for validation (its test set where it has no other)."""
+
+    def __init__(self, name: str, image_size: int, split: str = "train", seed: int = 0):
+        kind, train, val, address, *folder = NAMED[name]
+        kind, how = getattr(datasets, kind), train if split == "train" else val
+        top, part = Path("data", name), Path("data", name + ".part")
+        try:
+            top.parent.mkdir(exist_ok=True)
+            with open(f"{part}.lock", "w") as lock:  # one process downloads, the others wait
+                if runs.fcntl is not None:
+                    runs.fcntl.lockf(lock, runs.fcntl.LOCK_EX)
+                if not top.exists():
+                    shutil.rmtree(part, ignore_errors=True)  # of an interrupted download
+                    kind(part, **how, download=True)
+                    part.rename(top)
+            self.pictures = kind(top, **how)
+        except Exception as error:  # a network, an archive, a disk: they fail in many ways
+            what = f"{top} cannot be read" if top.exists() else f"{name} cannot be downloaded"
+            hint = f"unpack {address} by hand in {Path(top, *folder)}"
+            fail(f"{what} ({' '.join(str(error).split())}): {hint}", every_rank=True)
+        # Lists of files, of labels or of (file, label), by a name of its own in each class.
+        has = vars(self.pictures)
+        labels = next(has[x] for x in ("targets", "labels", "_labels", "_samples") if x in has)
+        self.labels = np.array([int(x[1] if isinstance(x, tuple) else x) for x in labels])
+        paths = next((has[x] for x in ("_image_files", "_images", "_samples") if x in has), [])
+        paths = [Path(x[0] if isinstance(x, tuple) else x).absolute() for x in paths]
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.image_size, self.seed, self.root = image_size, seed, Path(name, split)
+        # Flowers102 has had names since torchvision 0.22; those of Imagenette are synonyms.
+        names = getattr(self.pictures, "classes", range(self.labels.max() + 1))
+        self.class_names = tuple(x[0] if isinstance(x, tuple) else str(x) for x in names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        if len(self.paths):
+            return super().read(index)
+        return adm_crop(self.pictures[index][0], self.image_size)
+
 
 def open_dataset(data: str | None, image_size: int, split: str = "train", seed: int = 0) -> Dataset:
-    """The pictures that --data names, or with None the built-in ones."""
+    """The pictures that --data names, or with None the built-in ones; a folder wins over a name."""
     if data is None:
         return ShapesDataset(image_size, split)
-    return FolderDataset(data, image_size, split, seed)
+    kind = NamedDataset if data in NAMED and not Path(data).is_dir() else FolderDataset
+    return kind(data, image_size, split, seed)
 
 
 def check_data(data: str | None, image_size: int) -> None:
@@ -303,7 +357,8 @@ def check_data(data: str | None, image_size: int) -> None:
     if not 0 < image_size <= 2**16:
         fail(f"--image-size must be from 1 to 65536, got {image_size}", 2)
     sets, broken = [open_dataset(data, image_size)], 0
-    if data is not None and (Path(data) / "val").is_dir() and sets[0].root != Path(data):
+    has_val = data and sets[0].root != Path(data) and Path(data, "val").is_dir()
+    if has_val or isinstance(sets[0], NamedDataset):
         sets.append(open_dataset(data, image_size, "val"))
     for dataset in sets:
         for index in progress(range(len(dataset)), "checking"):
@@ -410,12 +465,12 @@ def training_loader(
     share = batch_size // world_size()
     rows = range(rank() * share, (rank() + 1) * share)
     if settings["num_workers"]:
-        settings |= dict(prefetch_factor=4, timeout=TIMEOUT.total_seconds())
+        settings |= dict(prefetch_factor=4, timeout=runs.TIMEOUT.total_seconds())
     return DataLoader(
         TrainingPictures(dataset, skip_bad),
         batch_sampler=StepSampler(len(dataset), batch_size, rows, steps, seed),
         generator=torch.Generator(),  # leaves the global one alone
-        worker_init_fn=ignore_signals,
+        worker_init_fn=runs.ignore_signals,
         **settings,
     )
 
@@ -579,7 +634,7 @@ class PictureSet(Dataset):
     def describe(self) -> dict[str, Any]:
         """What a protocol says of this set."""
         statistics = "of the file" if self.has_statistics else "of its pictures"
-        named = {"file": str(self.path), "sha256": file_sha256(*(self.files or [self.path]))}
+        named = {"file": str(self.path), "sha256": runs.file_sha256(*(self.files or [self.path]))}
         return {**named, "pictures": self.count, "statistics": statistics, "crop": self.crop}
 
 
@@ -610,9 +665,7 @@ def sharded(
         return done
     gathered = [None] * world_size() if rank() == 0 else None
     dist.gather_object(done, gathered)
-    if gathered is None:
-        return None
-    return [gathered[j % world_size()][j // world_size()] for j in range(len(ranges))]
+    return gathered and [gathered[j % world_size()][j // world_size()] for j in range(len(ranges))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -643,7 +696,7 @@ def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels)
 
-    write_file(path, write)
+    runs.write_file(path, write)
 
 
 def shown_classes(num_classes: int) -> list[int]:
@@ -663,4 +716,4 @@ def save_png(images: Tensor, columns: int, path: Path) -> None:
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda stream: picture.save(stream, "png"))
+    runs.write_file(path, lambda stream: picture.save(stream, "png"))
