@@ -178,8 +178,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         flow_width=96, flow_depths=(1, 1, 1, 3), flow_head_dim=24, nll_warmup=500, mask_warmup=900,
         aux_width=128, steps=3000, batch_size=16, lr=2e-3, ema=0.995, log_every=20,
     ),
-    # One's own pictures on one GPU, or overnight on a CPU. As in the paper, K d is 1/24 of the
-    # numbers of a picture, and its patches are 256: hiding small ones costs it least.
+    # One's own pictures, on one GPU or overnight on a CPU. As in the paper, a latent has 1/24 of
+    # the numbers of its picture, and 256 patches: to hide small ones costs a picture least.
     "photos": dict(
         SMALL, image_size=64, num_workers=4, width=128, depth=3, num_latents=32, latent_dim=16,
         flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, nll_warmup=1000,
@@ -237,9 +237,8 @@ def check_config(config: Config) -> None:
     """End with exit code 2 on what cannot work, before anything is loaded or written."""
     c = config
     problem = unbuildable(c)
-    for name in c.teachers:
-        if name not in TEACHERS or c.teachers.count(name) > 1:
-            problem = f"--teachers {name}: choose each of {', '.join(TEACHERS)} once at most"
+    if odd := [x for x in c.teachers if x not in TEACHERS or c.teachers.count(x) > 1]:
+        problem = f"--teachers {odd[-1]}: choose each of {', '.join(TEACHERS)} once at most"
     if c.prior == "emigm" and not c.freeze_autoencoder:
         # Its loss rewards z that is easy to predict, and no logdet pays for shrinking z: collapse.
         problem = "--prior emigm needs --freeze-autoencoder (and --init): it trains no encoder"
@@ -396,8 +395,7 @@ class MIMFlow(nn.Module):
             c = self.config
             preset = dict(interval=c.emigm_interval, steps=c.emigm_steps, schedule=c.emigm_schedule)
             z = self.emigm.sample(noise, labels, guidance, **{**preset, **how})
-        if denoise:
-            z = self.denoise(z, labels)
+        z = self.denoise(z, labels) if denoise else z
         return self.decoder(z).float().clamp(-1, 1)
 
     def denoise(self, z: Tensor, labels: Tensor | None) -> Tensor:
@@ -454,9 +452,8 @@ class JointTraining(nn.Module):
         c = model.config
         self.model, self.frozen = model, frozen
         sizes = (c.grid**2, c.num_latents, c.latent_dim, c.aux_width)
-        self.auxiliary = nn.ModuleDict(
-            {name: AuxiliaryDecoder(*sizes, t.width) for name, t in frozen.teachers.items()}
-        )
+        decoders = {k: AuxiliaryDecoder(*sizes, t.width) for k, t in frozen.teachers.items()}
+        self.auxiliary = nn.ModuleDict(decoders)
 
     def forward(
         self, images: Tensor, labels: Tensor, draws: Draws, nll_weight: Tensor | float
@@ -616,8 +613,7 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
     norms = [nn.utils.clip_grad_norm_(p.module.parameters(), config.grad_clip) for p in players]
     not_finite = 1 - torch.stack(norms).isfinite().all().float()
     for optimizer in (player.optimizer for player in players):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.found_inf = not_finite
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -631,6 +627,8 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
 #                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
 #   previous.pt  the last.pt before it, in case that one is damaged
 #   model.pt     format, step, config, class_names, model (= the EMA weights): what one shares
+#
+# The bare model is saved, never what compile or DDP wrap around it.
 
 
 def saved_parts(model: MIMFlow, ema: MIMFlow, players: list[Player]) -> dict[str, Any]:
@@ -807,8 +805,8 @@ def main(config: Config, overwrite: bool = False) -> None:
 
     # Data: this process's rows of every global batch.
     on_cuda, dtype = device.type == "cuda", torch.get_default_dtype()
-    steps, order = range(start, c.steps), (c.batch_size, range(start, c.steps), c.seed)
-    reading = dict(num_workers=c.num_workers, pin_memory=on_cuda)
+    steps, reading = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
+    order = (c.batch_size, steps, c.seed)
     loader = data.training_loader(dataset, *order, c.skip_bad_images, **reading)
     where = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
     what = f"{c.num_classes} classes; {count_parameters(model) / 1e6:.2f} M parameters; {where}"

@@ -265,7 +265,7 @@ class FolderDataset(Dataset):
         self.labels = np.array(labels)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
         """`key`: an index, or (epoch, index), which also flips half of the pictures."""
@@ -333,9 +333,6 @@ class NamedDataset(FolderDataset):
         # Flowers102 has had names since torchvision 0.22; those of Imagenette are synonyms.
         names = getattr(self.pictures, "classes", range(self.labels.max() + 1))
         self.class_names = tuple(x[0] if isinstance(x, tuple) else str(x) for x in names)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
         if len(self.paths):
