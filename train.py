@@ -159,7 +159,6 @@ class Config:
 
 
 LAPTOP = "shapes"  # the preset of plain `python train.py`; Config() alone is the paper's run
-
 FROZEN = dict(num_classes=1000, freeze_autoencoder=True, perceptual_weight=0.0, teachers=())
 
 # fmt: off
@@ -805,9 +804,8 @@ def main(config: Config, overwrite: bool = False) -> None:
 
     # Data: this process's rows of every global batch.
     on_cuda, dtype = device.type == "cuda", torch.get_default_dtype()
-    steps, reading = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
-    order = (c.batch_size, steps, c.seed)
-    loader = data.training_loader(dataset, *order, c.skip_bad_images, **reading)
+    steps, how = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
+    loader = data.training_loader(dataset, c.batch_size, steps, c.seed, c.skip_bad_images, **how)
     where = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
     what = f"{c.num_classes} classes; {count_parameters(model) / 1e6:.2f} M parameters; {where}"
     say(f"{c.run_dir}: {len(dataset)} pictures, {what}")

@@ -234,8 +234,7 @@ class FolderDataset(Dataset):
     def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
         top = Path(folder)
         if not top.is_dir():
-            known = f"a folder of pictures, or one of {', '.join(NAMED)}"
-            fail(f"there is no data folder {folder}: give --data {known}")
+            fail(f"there is no data folder {folder}: give one, or one of {', '.join(NAMED)}")
         self.image_size, self.seed = image_size, seed
         folders = {path.name for path in look_into(top)[0]}
         has_splits = "train" in folders and folders <= {"train", "val", "test"}
@@ -364,8 +363,7 @@ def check_data(data: str | None, image_size: int) -> None:
             except BrokenImage as error:
                 broken += 1
                 say(printable(str(error)))
-    count = sum(map(len, sets))
-    say(f"{count} pictures, {len(sets[0].class_names)} classes, {broken} broken")
+    say(f"{sum(map(len, sets))} pictures, {len(sets[0].class_names)} classes, {broken} broken")
     raise SystemExit(1 if broken else 0)
 
 
