@@ -7,6 +7,7 @@
     python evaluate.py likelihood CKPT --data DIR                 log p_F(z)            Eq. 4
     python evaluate.py map CKPT --data DIR                        latents in 2-D        Fig. 4
     python evaluate.py cost --preset mimflow-l --no-timing        sizes, speed    Tab. 2, 4, 10
+    python evaluate.py curves RUN [RUN ...]                       training, as log.jsonl tells it
 
     pictures --TF1 resize, Inception (2015)--> pool (N, 2048), spatial (N, 2023)
         pool of two sets    -> FID, precision, recall        spatial of two sets -> sFID
@@ -21,7 +22,6 @@ protocol: what was measured, and how. Numbers do not depend on --batch-size or o
 processes, but for rounding: picture i has its own random stream, from (seed, i), and batch j is
 process j mod world_size's. Process 0 puts them in order and computes the rest alone: a subcommand
 is a generator that yields once where the others leave, and then its numbers (see `main`).
-
 Pictures are in [0, 255] where Inception looks, and in [-1, 1] where the model does.
 """
 
@@ -29,6 +29,7 @@ import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import shlex
 import sys
@@ -81,7 +82,6 @@ RANDOM_STD = 0.1  # of a fresh flow's predictions: at 0 jacobi would be done at 
 #     IS          exp E_x KL(p(y|x) || E_x p(y|x))                      higher, 1 to 1008
 #     precision   share of the samples that lie among reference pictures  higher, 0 to 1: fidelity
 #     recall      share of the reference that lies among samples          higher, 0 to 1: variety
-#
 # Few pictures make an FID larger, by an amount that depends on the model: even an order of models
 # at 10,000 samples (Tab. 8) says little about that at 50,000 (Tab. 3).
 
@@ -364,12 +364,10 @@ def reconstruction(flags: Namespace) -> Stages:
 # probe (Acc. of Tab. 5, Fig. 6)
 #
 # How much of the class can one linear layer read off? The networks stay frozen. Two traps:
-#
 # - The flow is given no label. With it, the probe would read off what it was told.
 # - A drop towards the last blocks is no loss of information: the flow is invertible. But the last
 #   ones turn tokens into noise that is independent from token to token, and a mean over tokens, the
 #   paper's pooling, cancels it: see --pool flat.
-#
 # paper: "REPA's protocol"; here: that of the authors' release, which trains on the K outputs of the
 # encoder before they are projected to d numbers. Tab. 5's Acc. is encoder_features.
 
@@ -451,12 +449,11 @@ def train_probes(
 def probe(flags: Namespace) -> Stages:
     """Linear probe of encoder features, latent and every block of the flow (Fig. 6)"""
     model, unseen, protocol = open_checkpoint(flags, flags.num)
-    source = unseen.source
     seen = Pictures(flags.data, model.config.image_size, "train", flags.num_train, flags.seed)
     if len(seen.class_names) < 2:
-        fail(f"{source} have no classes to tell apart: the probe needs CLASS folders")
+        fail(f"{unseen.source} have no classes to tell apart: the probe needs CLASS folders")
     if seen.root == unseen.root:
-        fail(f"{source} has no val/ beside train/: a probe is judged on pictures it has not seen")
+        fail(f"{unseen.source} has no val/ beside train/: a probe is judged on unseen pictures")
 
     # Frozen networks: each picture is encoded once, and the probes learn from what was stored.
     def work(batch: Batch) -> dict[str, Tensor]:
@@ -467,7 +464,7 @@ def probe(flags: Namespace) -> Stages:
     yield  # the other processes leave
     sets = [(x, x.pop("labels")) for x in found]
     accuracy = train_probes(*sets, flags.epochs, flags.seed, flags.device)
-    protocol |= {"data": source, "pool": flags.pool, "epochs": flags.epochs}
+    protocol |= {"data": unseen.source, "pool": flags.pool, "epochs": flags.epochs}
     protocol |= {"train_pictures": len(seen), "val_pictures": len(unseen)}
     protocol |= {"batch": min(PROBE_BATCH, len(seen)), "lr": PROBE_LR, "momentum": PROBE_MOMENTUM}
     protocol |= {"weight_decay": PROBE_DECAY, "schedule": "cosine"}
@@ -480,7 +477,6 @@ def probe(flags: Namespace) -> Stages:
 #
 #     log p_F(z) = log N(F(z); 0, I) + log |det dF/dz|            nats an image
 #     bits       = -log_2 p_F(z) / (K d)                          a latent number
-#
 # Exact, not a bound. But of the latent z, not of the picture: these are not the bits/dim of pixel
 # models, and two models compare only if their latents do: 2 z costs one bit a number more than z,
 # and says the same. Densities can exceed 1, so bits can be negative; on average they cannot fall
@@ -514,8 +510,8 @@ def likelihood(flags: Namespace) -> Stages:
     yield  # the other processes leave
     numbers: Numbers = dict.fromkeys(("conditional", "unconditional"))
     for kind, nats in found.items():
-        both, numbers[kind] = {"nats_an_image": nats}, {}
-        both["bits_a_latent_number"] = -nats / (size * math.log(2))
+        numbers[kind] = {}
+        both = {"nats_an_image": nats, "bits_a_latent_number": -nats / (size * math.log(2))}
         for name, values in both.items():  # deviations between images, over n: no error of the mean
             numbers[kind][name] = float(values.mean())
             numbers[kind][f"{name}_std"] = float(values.std(correction=0))
@@ -608,13 +604,46 @@ def latent_map(flags: Namespace) -> Stages:
     yield {**numbers, "protocol": protocol}
 
 
+def curves(flags: Namespace) -> Stages:
+    """loss and all else that the logs of training runs hold, side by side"""
+    if importlib.util.find_spec("matplotlib") is None:
+        fail("curves needs `pip install matplotlib`", 2)
+    from matplotlib.figure import Figure
+
+    runs.check_output(out := flags.out or Path("curves.png"), ".png")
+    logs: dict[str, dict[str, np.ndarray]] = {}  # run -> name -> a row (step, values...) a line
+    for path in flags.logs:
+        file, log = path / "log.jsonl" if path.is_dir() else path, {}
+        try:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            for name in dict.fromkeys(("loss", *itertools.chain(*lines))):
+                rows = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
+                log[name] = np.array(rows, dtype=float).reshape(-1, len(rows[0]))
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            fail(f"{file} is no log of a run ({error!r}): give run folders or log.jsonl files", 2)
+        logs[str(path).replace("$", r"\$")] = log  # $ begins a formula
+    yield
+    names = [name for name in dict.fromkeys(itertools.chain(*logs.values())) if name != "step"]
+    figure, rows = Figure(figsize=(14, 10), layout="constrained"), math.ceil(len(names) / 4)
+    for place, name in enumerate(names, start=1):
+        panel = figure.add_subplot(rows, 4, place, title=name)
+        for i, log in enumerate(logs.values()):
+            steps, *values = log.get(name, np.empty((0, 2))).T
+            for j, y in enumerate(values, start=1):  # of the blocks, the last is the darkest
+                panel.plot(steps, y, f"C{i}", alpha=j / len(values), linewidth=0.8)
+        low, high = panel.dataLim.intervaly
+        panel.set_yscale("log" if 0 < 8 * low < high else "linear")
+    figure.legend(figure.axes[0].lines, logs, loc="outside upper left")  # the loss, a line a run
+    runs.write_file(out, functools.partial(figure.savefig, format="png", dpi=80))
+    yield {"protocol": {"picture": str(out), "logs": list(logs)}}
+
+
 # --------------------------------------------------------------------------------------------------
 # cost (Tab. 2, 4 and 10)
 #
 # Of a preset, or of a checkpoint: only jacobi's number of sweeps depends on the weights. Counts are
 # exact and the same everywhere; times are of this machine, and compare with the paper's (8 A100s
 # for Tab. 4, an H20 for Tab. 10) only as ratios. Three traps:
-#
 # - Tab. 2 says "FLOPs" and counts multiply-adds, as is usual; strictly they are two operations
 #   each. Its 71.25 G are encoder and decoder for one image; norms, softmax and sums do not count.
 # - On a GPU, token-by-token sampling waits for memory, not for arithmetic: a batch takes little
@@ -787,6 +816,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # each is told once; a subcommand names th
     "checkpoint": dict(nargs="?", metavar="CKPT", help="model.pt (default: newest; cost: none)"),
     "samples": dict(type=Path, help=".npz, folder, or a checkpoint (.pt) to sample from"),
     "reference": dict(type=Path, help=".npz (ADM's VIRTUAL_..., or arr_0 alone), or folder"),
+    "logs": dict(nargs="+", type=Path, metavar="RUN", help="run folders or log.jsonl files"),
     "--data": dict(metavar="DIR", help="pictures with val/ (default: those of the training)"),
     "--num": dict(type=positive, metavar="N", help="pictures (default: %(default)s; None = all)"),
     "--seed": dict(type=runs.seed_number, default=0, metavar="N", help="of choice, masks, noise"),
@@ -821,6 +851,7 @@ COMMANDS = {  # name -> what it does, its flags, default of --batch-size and of 
     "likelihood": (likelihood, LOOK + "--no-mask", 64, None),
     "map": (latent_map, LOOK + "--classes --method --out", 256, 2000),
     "cost": (cost, "checkpoint --preset --no-timing --tokens --batches --runs --compile", 32, None),
+    "curves": (curves, "logs --out", None, None),
 }
 
 
@@ -830,12 +861,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     parser = runs.Parser(description="The numbers of the paper, each with its protocol (Sec. 4).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (work, flags, batch_size, num) in COMMANDS.items():
-        text = work.__doc__
-        parents = [sample.sampling_flags()] if work is generation else []
+        text, parents = work.__doc__, [sample.sampling_flags()] if work is generation else []
         command = commands.add_parser(name, help=text, description=text, parents=parents)
-        for flag in f"{flags} --batch-size --num-workers --device --json".split():
+        flags += " --batch-size --num-workers --device --json" if batch_size else " --json"
+        for flag in flags.split():
             command.add_argument(flag, **FLAGS[flag])
-        command.set_defaults(batch_size=batch_size, num=num)
+        command.set_defaults(batch_size=batch_size, num=num, device=None, num_workers=None)
     flags = parser.parse_args(arguments)
     flags.command_line = shlex.join(["evaluate.py", *arguments])
     if flags.command == "cost" and flags.checkpoint and flags.preset:

@@ -321,7 +321,7 @@ class NamedDataset(FolderDataset):
             what = f"{top} cannot be read" if top.exists() else f"{name} cannot be downloaded"
             hint = f"unpack {address} by hand in {Path(top, *folder)}"
             fail(f"{what} ({' '.join(str(error).split())}): {hint}", every_rank=True)
-        # Lists of files, of labels or of (file, label), by a name of its own in each class.
+        # Lists of files, of labels or of pairs of both, by a name of its own in each class.
         has = vars(self.pictures)
         labels = next(has[x] for x in ("targets", "labels", "_labels", "_samples") if x in has)
         self.labels = np.array([int(x[1] if isinstance(x, tuple) else x) for x in labels])

@@ -5,6 +5,7 @@ import math
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -843,3 +844,79 @@ def test_bad_input_is_one_clear_line(checkpoint, command, code, expected, capsys
         evaluate.main(evaluate.parse_arguments(arguments))
     error = capsys.readouterr().err
     assert stopped.value.code == code and expected in error and error.count("\n") == 1, error
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def plotted(monkeypatch) -> list:
+    """The figures that are written, which are kept."""
+    from matplotlib.figure import Figure
+
+    kept, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: kept.append(self) or savefig(self, *a, **k)
+    )
+    return kept
+
+
+def test_curves_are_the_numbers_of_the_logs_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    joint = [
+        {"step": s, "loss": 1 / s, "mse": 0.5, "block_mean_square": [s, 2 * s], "nll": 1 - s}
+        for s in (1, 2, 100)
+    ]
+    other = [{"step": s, "loss": -s, "mu_std": float("nan")} for s in (5, 10)]
+    Path("run").mkdir()
+    for name, lines in (("run/log.jsonl", joint), ("other$x.jsonl", other)):
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = plotted(monkeypatch)
+    evaluate.main(evaluate.parse_arguments(["curves", "run", "other$x.jsonl"]))
+    assert "curves.png" in capsys.readouterr().out
+    assert Image.open("curves.png").size[0] > 800
+    (figure,) = kept
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    assert list(panels) == ["loss", "mse", "block_mean_square", "nll", "mu_std"]
+    loss = [line.get_xydata().tolist() for line in panels["loss"].lines]
+    assert loss == [[[1, 1], [2, 0.5], [100, 0.01]], [[5, -5], [10, -10]]]
+    blocks = panels["block_mean_square"].lines
+    assert [line.get_ydata().tolist() for line in blocks[:2]] == [[1, 2, 100], [2, 4, 200]]
+    assert blocks[0].get_alpha() < blocks[1].get_alpha() == 1
+    scales = {name: panel.get_yscale() for name, panel in panels.items()}
+    assert scales.pop("block_mean_square") == "log" and set(scales.values()) == {"linear"}
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["run", r"other\$x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "3\n",
+        '{"step": 1}\n',
+        '{"loss": 1}\n',
+        '{"step": 1, "loss": {}}\n',
+        '{"step": 1, "loss": [1, 2]}\n{"step": 2, "loss": [1]}\n',
+        "\x00",
+    ],
+)
+def test_a_log_that_is_none_is_one_line_and_no_picture(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    if text is not None:
+        (tmp_path / "run" / "log.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.parse_arguments(["curves", "run", "--out", "a.png"]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "run/log.jsonl is no log of a run" in line
+    assert not Path("a.png").exists()
+
+
+def test_curves_without_matplotlib_say_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.parse_arguments(["curves", "checkpoints/shapes.log.jsonl"]))
+    assert "pip install matplotlib" in capsys.readouterr().err
