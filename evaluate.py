@@ -284,13 +284,6 @@ def peak_signal_to_noise(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / (a.float() - b.float()).square().mean(dim=(1, 2, 3)))
 
 
-def hide_patches(images: Tensor, mask: Tensor) -> Tensor:
-    """images (B, 3, H, W) in [-1, 1] with the hidden patches (True) of mask (B, N) in grey."""
-    grid = math.isqrt(mask.shape[1])
-    hidden = mask.view(-1, 1, grid, grid).float()
-    return images * (1 - F.interpolate(hidden, size=images.shape[2:], mode="nearest"))
-
-
 def load_judges(flags: Namespace, side: int, count: int) -> tuple[Any, Any, Numbers]:
     """The frozen networks of rFID and LPIPS, and the protocol. What needs weights from elsewhere,
     or larger or more pictures than `count` of `side` x `side` pixels, is left out without them."""
@@ -341,7 +334,7 @@ def reconstruction(flags: Namespace) -> Stages:
             pool = [inception_features(inception, x)[0] for x in saved]
             found["rfid"] = torch.from_numpy(np.stack(pool, axis=1))  # (B, 2, 2048)
         rows = torch.isin(numbers, shown).nonzero().flatten().tolist()
-        sides = images, hide_patches(images, draws.mask), decoded
+        sides = images, sample.hide_patches(images, draws.mask), decoded
         found["shown"] = torch.stack([x[rows] for x in sides], dim=1)  # (rows, 3, 3, H, W)
         return {name: values.cpu() for name, values in found.items()}
 

@@ -3,6 +3,8 @@
     python sample.py                                newest runs/*/model.pt -> grid.png beside it
     python sample.py CKPT --classes 3 7 --num 32 --out grid.png
     torchrun --nproc_per_node=8 -- sample.py CKPT --num 50000 --npz samples.npz     for ADM's suite
+    python sample.py CKPT --between A.png B.png         from one to the other, through the flow
+    python sample.py CKPT --reconstruct A.png B.png     pictures, what the encoder sees, decoded
 
     u ~ N(0, I) (B, K, d), label --flow inverse, guided in the deep block--> z (B, K, d)
     [ z <- z + sigma^2 * grad_z log p_F(z), TARFlow's denoising, with --denoise ]
@@ -39,16 +41,17 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import runs
+from common import data, runs
 from common.data import is_batch, save_png, shown_classes, to_uint8, write_npz
 from common.runs import Parser, fail, flag, positive, printable, rank, say, wait_for_all
 from emigm import sampling_order
-from train import MIMFlow, count_parameters, load_checkpoint, sample_noise
+from train import MIMFlow, count_parameters, draws_of_pictures, load_checkpoint, sample_noise
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GRID_COLUMNS = 8  # pictures a class when --num is left out
+BATCHES = "[0-9]" * 6 + ".npy"  # names of finished batches
 OF_EMIGM = ("steps", "evaluations", "interval")  # flags of one prior only
-OF_FLOW = ("sampler", "tolerance", "cuda_graph", "guidance_rule", "constant_guidance", "denoise")
+OF_FLOW = "sampler tolerance cuda_graph guidance_rule constant_guidance denoise between".split()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,14 +158,42 @@ def sample_batch(
     return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
 
 
+def hide_patches(images: Tensor, mask: Tensor) -> Tensor:
+    """images (B, 3, H, W) in [-1, 1] with the hidden patches (True) of mask (B, N) in grey."""
+    hidden = mask.unflatten(1, 2 * (math.isqrt(mask.shape[1]),))[:, None].float()  # (B, 1, g, g)
+    return images * (1 - nn.functional.interpolate(hidden, images.shape[2:]))
+
+
+@torch.no_grad()
+def show_given(out: Path, model: MIMFlow, options: Namespace) -> None:
+    """The way --between two pictures, with both, or each picture to --reconstruct as it is, as the
+    encoder sees it in training, and decoded. Given are files, or classes, of which a sample is."""
+    images: list[Tensor] = []
+    for i, name in enumerate(options.between or options.reconstruct):
+        if Path(name).is_file() or Path(name).suffix:
+            picture = data.read_picture(Path(name), model.config.image_size)
+        else:
+            classes = choose_classes([name], model)
+            picture = sample_batch(model, range(i, i + 1), classes, options)[0]
+        images.append(data.from_uint8(torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
+    x = torch.stack(images).to(model.decoder.coordinates)  # (n, 3, H, W)
+    if options.between:
+        # Nothing is hidden and no noise is added: the ends are what encoder and decoder make of it.
+        way = model.decoder(model.flow.between(model.encoder(x), GRID_COLUMNS))
+        grid, columns = torch.cat((x[:1], way, x[1:])), len(way) + 2
+    else:
+        draws = draws_of_pictures(model.config, range(len(x)), options.seed, x.device)
+        sides = x, hide_patches(x, draws.mask), model.decoder(model.latents(x, draws)[1])
+        grid, columns = torch.stack(sides, dim=1).flatten(0, 1), len(sides)
+    data.save_png(grid.clamp(-1, 1), columns, out)
+    say(f"{out}: {len(grid)} pictures, {columns} a row")
+
+
 # --------------------------------------------------------------------------------------------------
 # A set: batches over all processes, put together by one
 #
 # 50,000 pictures of 256 x 256 are 10 GB, so no function here holds more than one batch of them, but
 # for grids, which are small.
-
-
-BATCHES = "[0-9]" * 6 + ".npy"  # names of finished batches
 
 
 def open_parts(parts: Path, key: dict[str, Any]) -> Any:
@@ -285,22 +316,13 @@ def show_info(path: Path, model: MIMFlow) -> None:
         say(f"{name:8} {count_parameters(module):>12,} parameters, finite")
 
 
-def even(text: str) -> int:
-    """A type for argparse: two evaluations make a step of the midpoint rule."""
-    if (number := positive(text)) % 2:
-        raise argparse.ArgumentTypeError(f"must be even, got {text}")
-    return number
-
-
 def refuse_flags_of_the_other(options: Namespace, model: MIMFlow) -> None:
     """End with a line if a flag was given that the prior of this checkpoint does not have."""
     plain, mine = parse_arguments([]), "emigm" if model.flow is None else "the flow"
     for name in OF_FLOW if model.flow is None else OF_EMIGM:
         if getattr(options, name) != getattr(plain, name):
             other = "guidance_interval" if name == "interval" else name
-            fail(
-                f"{flag(other)}: the prior of this checkpoint is {mine}, which has no such flag", 2
-            )
+            fail(f"{flag(other)}: the prior of this checkpoint is {mine}, without such a flag", 2)
 
 
 def sampling_flags() -> Parser:
@@ -326,30 +348,29 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--classes", nargs="+", metavar="C", help="default: all; without --npz, 8 of many")
     add("--num", type=positive, metavar="N", help="pictures in all (default: 8 a class)")
     add("--out", type=Path, metavar="PNG", help="a row a class (default: grid.png by CKPT)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--npz", type=Path, metavar="NPZ", help="ADM's format instead: arr_0, arr_1")
+    add("--between", nargs=2, metavar=("A", "B"), help="pictures or classes, and the way there")
+    add("--reconstruct", nargs="+", metavar="A", help="pictures or classes, masked and decoded")
 
     add = parser.add_argument_group("how to invert the flow").add_argument
     text = "token by token, or many at once (default: sequential)"
     add("--sampler", choices=("sequential", "jacobi"), default="sequential", help=text)
-    text = "of jacobi: largest last change of a latent number (default: 1e-5)"
-    add("--tolerance", type=runs.weight, default=1e-5, metavar="X", help=text)
+    add("--tolerance", type=runs.weight, default=1e-5, metavar="X", help="of jacobi; default: 1e-5")
     add("--bf16", action=argparse.BooleanOptionalAction, help="default: on CUDA, but for jacobi")
     add("--cuda-graph", action="store_true", help="record a batch and replay it; not jacobi")
     add = parser.add_argument_group("of the second prior (emigm.py)").add_argument
-    add(
-        "--steps", type=positive, metavar="S", help="tokens are revealed in (default: the preset's)"
-    )
-    text = "of its head in each step, an even number (default: 8)"
-    add("--evaluations", type=even, metavar="N", help=text)
+    add("--steps", type=positive, metavar="S", help="that reveal all (default: the preset's)")
+    add("--evaluations", type=positive, metavar="N", help="of its head a step, even (default: 8)")
     text = "guided: steps whose end, from 1 (all hidden) to 0, is in [LO, HI)"
-    share = runs.number(float, 0, 1, "between 0 and 1")
-    add(
-        "--guidance-interval", dest="interval", type=share, nargs=2, metavar=("LO", "HI"), help=text
-    )
+    how = dict(dest="interval", nargs=2, metavar=("LO", "HI"), help=text)
+    add("--guidance-interval", type=runs.number(float, 0, 1, "between 0 and 1"), **how)
     add = parser.add_argument_group("the run").add_argument
     add("--batch-size", type=positive, default=64, metavar="N", help="of a process (default: 64)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     options = parser.parse_args(arguments)
+    if (options.evaluations or 0) % 2:
+        parser.error("--evaluations must be even: two are a step of the midpoint rule")
     if options.cuda_graph and options.sampler == "jacobi":
         parser.error("--cuda-graph is for --sampler sequential: jacobi asks the GPU each sweep")
     return options
@@ -364,11 +385,15 @@ def main(options: Namespace) -> None:
     path = runs.find_checkpoint(options.checkpoint)
     model = load_checkpoint(path, device)
     if options.info:
-        show_info(path, model)
-        return
+        return show_info(path, model)
     refuse_flags_of_the_other(options, model)
     classes = choose_classes(options.classes, model, every=options.npz is not None)
     options.guidance = choose_guidance(options.guidance, model)
+    if given := options.between or options.reconstruct:
+        name = "between.png" if options.between else "reconstruct.png"
+        out = options.out or runs.beside(path, name)
+        runs.check_output(out, ".png", [path, *map(Path, given)])
+        return show_given(out, model, options)
     if options.num is None:
         options.num = GRID_COLUMNS * (len(classes) if classes != [-1] else GRID_COLUMNS)
     classes = classes[: options.num]  # fewer pictures than classes: no rows without any

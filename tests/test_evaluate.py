@@ -389,7 +389,7 @@ def test_frequency_errors_against_a_plain_loop():
 
 def test_hidden_patches_are_grey():
     images, mask = torch.ones(1, 3, 8, 8), torch.tensor([[False, True, False, False]])
-    shown = evaluate.hide_patches(images, mask)
+    shown = sample.hide_patches(images, mask)
     assert (shown[:, :, :4, 4:] == 0).all() and shown.sum() == 3 * 48
 
 

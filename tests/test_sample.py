@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from common import runs
-from common.data import SHAPES
+from common.data import SHAPES, from_uint8, read_picture, to_tensor
 from flow import NormalizingFlow
 
 
@@ -412,3 +412,115 @@ def test_fewer_pictures_than_classes_make_no_empty_rows(checkpoint, tmp_path, ca
     run(checkpoint, "--num", "3", "--out", tmp_path / "g.png")
     assert Image.open(tmp_path / "g.png").size == (98 + 2, 3 * 98 + 2)
     assert "rows: circle, square, triangle\n" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ Pictures you have
+
+
+def cells(path, columns: int, rows: int) -> torch.Tensor:
+    """The pictures of a grid PNG, row by row, (rows * columns, 3, 16, 16) in [-1, 1]."""
+    grid = torch.from_numpy(np.asarray(Image.open(path)).copy())
+    assert grid.shape == (rows * 98 + 2, columns * 98 + 2, 3)
+    found = [
+        grid[2 + 98 * y : 98 + 98 * y : 6, 2 + 98 * x : 98 + 98 * x : 6]  # a pixel is a square of 6
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    return from_uint8(torch.stack(found)).permute(0, 3, 1, 2)
+
+
+def test_the_way_between_two_latents_is_the_great_circle_of_their_noise(tiny, float64):
+    flow = randomize(train.MIMFlow(tiny, SHAPES), std=0.1).flow
+    first, second = torch.randn(2, 16)
+    first, second = 3 * first / first.norm(), 3 * second / second.norm()
+    with torch.no_grad():
+        z = flow.inverse(torch.stack((first, second)).view(2, 4, 4), None)
+        way = flow.between(z, 5)
+        u = flow(way, None)[0].flatten(1)
+    side = second - (second @ first / 9) * first  # the other axis of the plane of the circle
+    whole = torch.arccos(first @ second / 9)
+    for i in range(5):
+        turn = whole * i / 4
+        expected = torch.cos(turn) * first + torch.sin(turn) * 3 * side / side.norm()
+        assert (u[i] - expected).abs().max() < 1e-9
+    assert (way[[0, -1]] - z).abs().max() < 1e-9
+
+
+def test_between_two_pictures_the_ends_are_their_reconstructions(checkpoint, tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for i, path in enumerate(paths):  # larger than the model's, and not square
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((45, 30)).save(path)
+    run(checkpoint, "--between", *paths)
+    model = train.load_checkpoint(checkpoint)
+    x = torch.stack([to_tensor(read_picture(path, 16)) for path in paths])
+    with torch.no_grad():
+        plain = model.decoder(model.encoder(x))
+        way = model.decoder(model.flow.between(model.encoder(x), 8))
+    assert (way[[0, -1]] - plain).abs().max() < 1e-4
+    shown = cells(checkpoint.parent / "between.png", 10, 1)
+    assert (shown[[0, -1]] - x).abs().max() < 0.01
+    assert (shown[1:-1] - way.clamp(-1, 1)).abs().max() < 0.005
+    assert (way[3] - plain[0]).abs().max() > 1e-3 < (way[3] - plain[1]).abs().max()
+    run(checkpoint, "--between", paths[0], paths[0], "--out", tmp_path / "same.png")
+    same = cells(tmp_path / "same.png", 10, 1)[1:-1]
+    assert (same - plain[0].clamp(-1, 1)).abs().max() < 0.01
+
+
+def test_reconstruct_shows_what_is_given_what_is_seen_and_what_comes_out(checkpoint, tmp_path):
+    Image.new("RGB", (20, 20), (250, 120, 30)).save(tmp_path / "a.png")
+    run(checkpoint, "--reconstruct", tmp_path / "a.png", "heart", "3", "--seed", "5")
+    shown = cells(checkpoint.parent / "reconstruct.png", 3, 3).view(3, 3, 3, 16, 16)
+    given, seen, decoded = shown.unbind(dim=1)
+    options = sample.parse_arguments([str(checkpoint), "--guidance", "1", "--seed", "5"])
+    model = train.load_checkpoint(checkpoint)
+    for row, label in ((1, 6), (2, 3)):  # classes: samples number 1 and 2 of the seed
+        picture = sample.sample_batch(model, range(row, row + 1), [label], options)[0]
+        assert (
+            given[row] - from_uint8(torch.from_numpy(picture)).permute(2, 0, 1)
+        ).abs().max() < 1e-6
+    hidden = (seen - given).abs().amax(dim=1) > 0.01  # (3, 16, 16)
+    assert seen.movedim(1, -1)[hidden].abs().max() < 0.01  # grey
+    draws = train.draws_of_pictures(model.config, range(3), 5, torch.device("cpu"))
+    patches = hidden.view(3, 4, 4, 4, 4).sum(dim=(2, 4)).flatten(1)
+    assert (draws.mask[0] == (patches[0] == 16)).all()  # no pixel of the first picture is grey
+    with torch.no_grad():
+        expected = model.decoder(model.latents(given, draws)[1]).clamp(-1, 1)
+    assert (decoded - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (("--between", "heart", "none.png"), "cannot read none.png"),
+        (("--between", "heart", "cat"), "cat: "),
+        (("--reconstruct", "broken.png"), "cannot read broken.png"),
+        (("--between", "a.png", "heart", "--out", "a.png"), "a.png is also a.png"),
+        (("--between", "a.png", "heart", "--out", "a.jpg"), "must end in .png"),
+        (("--between", "a.png", "a.png", "--npz", "x.npz"), "not allowed with"),
+        (("--between", "a.png"), "expected 2 arguments"),
+    ],
+)
+def test_pictures_that_cannot_be_shown_are_one_line(
+    checkpoint, tmp_path, monkeypatch, capsys, flags, what
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20)).save("a.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(SystemExit):
+        runs.run_program(lambda: run(checkpoint, *flags))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line
+    assert (tmp_path / "a.png").read_bytes() == before and not (tmp_path / "a.jpg").exists()
+
+
+def test_the_second_prior_has_no_way_between_but_reconstructs(tiny, tmp_path, capsys):
+    c = replace(tiny, prior="emigm", emigm_width=16, emigm_heads=2, emigm_depths=(1, 1))
+    c = replace(c, emigm_head=(16, 1), emigm_steps=2, freeze_autoencoder=True)
+    path = write_checkpoint(c, train.MIMFlow(c, SHAPES))
+    with pytest.raises(SystemExit):
+        run(path, "--between", "heart", "moon")
+    assert "--between: the prior of this checkpoint is emigm" in capsys.readouterr().err
+    run(path, "--reconstruct", "heart")
+    assert (path.parent / "reconstruct.png").exists()
