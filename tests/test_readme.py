@@ -1,4 +1,4 @@
-"""README.md: what it names exists, and the commands that it shows can be parsed."""
+"""README.md and docs/*.md: what they name exists, the commands that they show can be parsed."""
 
 import ast
 import re
@@ -15,7 +15,8 @@ import train
 from common import runs
 
 MODULES = {f"{module.__name__}.py": module for module in (train, sample, evaluate, spectral)}
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README = PAGES[ROOT / "README.md"]
 COMMAND = r"^(?:python|torchrun [^\n]*?) ?(?:-- )?((?:train|sample|spectral|evaluate)\.py[^\n#&]*)"
 
 
@@ -33,14 +34,14 @@ def defined(file: str) -> set[str]:
 
 
 def test_the_table_from_paper_to_code_is_true():
-    names = re.findall(r"`([\w/]+\.py):(\w+)`", README)
+    names = re.findall(r"`([\w/]+\.py):(\w+)`", "".join(PAGES.values()))
     assert len(names) >= 14
     files = {file: defined(file) for file, _ in names}
     assert not [f"{file}:{name}" for file, name in names if name not in files[file]]
 
 
 def test_the_commands_parse():
-    commands = re.findall(COMMAND, README, re.M)
+    commands = re.findall(COMMAND, "\n".join(PAGES.values()), re.M)
     assert len(commands) >= 7
     for script, *arguments in map(shlex.split, commands):
         MODULES[script].parse_arguments(arguments)
@@ -58,7 +59,7 @@ def test_every_equation_table_and_figure_of_the_paper_has_a_row():
 
 
 def test_flags_that_the_tables_name_exist(capsys):
-    named = re.findall(r"`(\w+\.py) (\w+ )?(--[^`]*)`", README)
+    named = re.findall(r"`(\w+\.py) (\w+ )?(--[^`]*)`", "".join(PAGES.values()))
     assert named
     for script, subcommand, flags in named:
         with pytest.raises(SystemExit):
@@ -68,11 +69,27 @@ def test_flags_that_the_tables_name_exist(capsys):
 
 
 def test_pictures_are_there_and_small_and_every_file_has_its_place():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).stat().st_size < 300_000
+    for page, text in PAGES.items():
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (page.parent / path).stat().st_size < 300_000
     for path in ROOT.glob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
         assert path.name in README
+
+
+def test_links_lead_to_a_file_and_to_a_heading_of_it():
+    found = []
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)(.*?)\)", text):
+            path, _, heading = target.partition("#")
+            found.append(path)
+            linked = page.parent / path
+            assert linked.is_file(), target
+            # GitHub's name of a heading: small letters, spaces to hyphens, punctuation dropped.
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if heading else []
+            titles = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in titles, target
+    assert len(found) >= 10
 
 
 def test_the_checkpoint_that_comes_with_the_code_is_the_one_that_readme_names():
