@@ -643,7 +643,7 @@ def find_checkpoint(path: str | None) -> Path:
 
 def beside(checkpoint: Path, name: str) -> Path:
     """A file `name` beside a checkpoint; of the one that comes with the code, in this folder."""
-    return Path(name) if checkpoint == SHIPPED else checkpoint.with_name(name)
+    return Path(name) if checkpoint.resolve() == SHIPPED else checkpoint.with_name(name)
 
 
 # --------------------------------------------------------------------------------------------------

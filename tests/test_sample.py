@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -524,3 +525,10 @@ def test_the_second_prior_has_no_way_between_but_reconstructs(tiny, tmp_path, ca
     assert "--between: the prior of this checkpoint is emigm" in capsys.readouterr().err
     run(path, "--reconstruct", "heart")
     assert (path.parent / "reconstruct.png").exists()
+
+
+def test_pictures_of_the_checkpoint_that_comes_with_the_code_are_not_put_beside_it(monkeypatch):
+    monkeypatch.chdir(runs.SHIPPED.parent.parent)
+    for path in (runs.SHIPPED, Path("checkpoints/shapes.pt")):
+        assert runs.beside(path, "a.png") == Path("a.png")
+    assert runs.beside(Path("runs/x/model.pt"), "a.png") == Path("runs/x/a.png")
