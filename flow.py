@@ -413,8 +413,8 @@ class NormalizingFlow(nn.Module):
             x = block.inverse(x, labels, block_guidance, window, tolerance, watch)
         return x
 
-    def between(self, z: Tensor, steps: int) -> Tensor:
-        """From z[0] to z[1], (2, K, d) -> (steps, K, d), without a class; both ends as they were.
+    def between(self, z: Tensor, count: int) -> Tensor:
+        """From z[0] to z[1], (2, K, d) -> (count, K, d), without a class; both ends as they were.
 
         Through the noise u: it is almost surely near a sphere, where every point is as likely as
         the ends, so along its arc. A straight line would cut through what is never sampled.
@@ -422,6 +422,6 @@ class NormalizingFlow(nn.Module):
         a, b = self(z, None)[0].flatten(1)  # u, (K * d,) each
         cosine = F.cosine_similarity(a, b, dim=0)
         angle = cosine.clamp(-0.999999, 0.999999).arccos()  # at 0, of equal pictures, 0 / 0
-        t = torch.linspace(0, 1, steps).to(a)[:, None]
+        t = torch.linspace(0, 1, count).to(a)[:, None]
         u = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-        return self.inverse(u.unflatten(1, z.shape[1:]), None)  # (steps, K, d)
+        return self.inverse(u.unflatten(1, z.shape[1:]), None)  # (count, K, d)
