@@ -56,6 +56,7 @@ from common.data import Pictures, PictureSet
 from common.inception import FIDInception, inception_features, load_inception
 from common.measuring import Numbers, look, report, seconds
 from common.runs import describe_file, fail, positive, progress, say, uses_bf16
+from common.shapes import to_uint8
 from common.weights import RANDOM, WeightsMissing, find_weights
 from losses import Perceptual, flow_nll, load_frozen_networks, pixel_loss
 from train import Config, MIMFlow, count_parameters, draws_of_pictures, load_checkpoint
@@ -185,7 +186,10 @@ def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Picture
         runs.check_output(flags.out, ".png", [path])
     model = load_checkpoint(path, flags.device)
     flags.data = flags.data or model.config.data
-    pictures = Pictures(flags.data, model.config.image_size, "val", num, flags.seed)
+    size, places = model.config.image_size, model.config.caption_words
+    if places and flags.command in ("probe", "map"):
+        fail(f"{path} reads captions and has no classes, which {flags.command} needs", 2)
+    pictures = Pictures(flags.data, size, "val", num, flags.seed, places)
     return model, pictures, {"checkpoint": describe_checkpoint(path, model), "seed": flags.seed}
 
 
@@ -241,6 +245,8 @@ def sample_checkpoint(flags: Namespace) -> tuple[Path, Numbers]:
     what the protocol says of it. Labels cycle through the classes, so that each split of the
     Inception Score has all of them."""
     model = load_checkpoint(flags.samples, flags.device)
+    if model.config.caption_words:
+        fail(f"{flags.samples} reads captions: sample.py --prompts FILE --npz NPZ, then this", 2)
     count, guidance = model.config.num_classes, sample.choose_guidance(flags.guidance, model)
     names = ("num", "constant_guidance", "guidance_rule", "denoise", "seed", "batch_size")
     chosen = {"guidance": guidance, **{name: getattr(flags, name) for name in names}}
@@ -323,7 +329,7 @@ def reconstruction(flags: Namespace) -> Stages:
         draws = draws_of_pictures(config, numbers.tolist(), flags.seed, flags.device)
         _, z = model.latents(images, draws)  # (B, K, d)
         decoded = model.decoder(z)
-        saved = [data.to_uint8(x) for x in (images, decoded)]
+        saved = [to_uint8(x) for x in (images, decoded)]
         found = {"mse": pixel_loss(images, decoded), "psnr": peak_signal_to_noise(*saved)}
         if "low_frequency_error" in wanted:
             low, high = frequency_errors(images - decoded)
@@ -657,12 +663,18 @@ def count_multiply_adds(work: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2  # torch counts a multiply-add as two
 
 
+def some_labels(c: Config, count: int) -> Tensor:
+    """The classes in turn (count,), or words of captions (count, L)."""
+    labels = torch.arange(count) % max(c.num_classes, 1)
+    return labels[:, None].expand(-1, c.caption_words) if c.caption_words else labels
+
+
 def count_parts(c: Config) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds for one image of each part, on the meta device, where nothing is
     computed. Of the flow from image to noise: inverted, with its cache, it takes about as many. Of
     the second prior from noise to image, in the preset's steps, without guidance."""
     with torch.device("meta"):
-        model, labels = MIMFlow(c).eval(), torch.zeros(1, dtype=torch.int64)
+        model, labels = MIMFlow(c).eval(), some_labels(c, 1)
         images = torch.empty(1, 3, c.image_size, c.image_size)
         z = torch.empty(1, c.num_latents, c.latent_dim)
     calls = {"encoder": lambda: model.encoder(images), "decoder": lambda: model.decoder(z)}
@@ -690,7 +702,7 @@ def training_step(c: Config, batch_size: int, device: torch.device) -> Callable[
     for player in players:
         player.forward = train.distribute(player.module, c, device)
     images = torch.rand(batch_size, 3, c.image_size, c.image_size, device=device) * 2 - 1
-    labels = torch.full((batch_size,), 0 if c.num_classes else -1, device=device)
+    labels = some_labels(c, batch_size).to(device)
 
     def step() -> None:
         train.accumulate_gradients(players, c, images, labels, step=c.mask_warmup)
@@ -714,7 +726,7 @@ def sampling(model: MIMFlow, batch: int, w: float = 0.0, way: str = "sequential"
         model.flow.inverse = sample.RecordedInverse(plain) if way == "cuda graph" else plain
     sampler = "jacobi" if way == "jacobi" else "sequential"
     options = sample.parse_arguments(["--sampler", sampler, "--guidance", str(w)])
-    classes = data.shown_classes(model.config.num_classes)
+    classes = some_labels(model.config, batch).tolist()
     return functools.partial(sample.sample_batch, model, range(batch), classes, options)
 
 
@@ -752,7 +764,7 @@ def time_all(model: MIMFlow, flags: Namespace) -> Numbers:
     for count in progress(flags.tokens if model.flow is not None else [], "tokens"):
         other = MIMFlow(replace(c, num_latents=count)).to(device).eval()
         z = torch.randn(size, count, c.latent_dim, device=device)  # (B, K, d)
-        labels = torch.arange(size, device=device) % max(c.num_classes, 1)
+        labels = some_labels(c, size).to(device)
         flow_training = functools.partial(flow_step, other.flow, z, labels)
         tokens[str(count)] = {
             "flow_training_ms_a_step": seconds(flow_training, flags, 1000),
@@ -768,7 +780,7 @@ def model_to_time(flags: Namespace) -> MIMFlow:
         return load_checkpoint(flags.checkpoint)
     config = train.preset_config(flags.preset or "shapes")
     if config.num_classes is None:
-        config = train.resolve(config, data.open_dataset(None, config.image_size))
+        config, _ = train.resolve(config)
     model = MIMFlow(config).eval()
     for block in model.flow.blocks if model.flow is not None else []:
         nn.init.normal_(block.proj_out.weight, std=RANDOM_STD / math.sqrt(config.flow_width))

@@ -21,6 +21,14 @@ tokens at once, to the same result (`jacobi`). Blocks alternate the token order 
 blocks and a deep one ("deep-shallow"): the deep one, inverted first, does nearly all the work and
 alone is guided (App. A), so that only there each token is predicted twice.
 
+Captions are what STARFlow has and the paper leaves to future work (Sec. 5): here without a text
+encoder. A caption is a row of L words, and a prefix that the deep block reads before the latent:
+
+    word_1 + place_1, ..., word_L + place_L, x_0, ..., x_{K-1}       an empty place is place_l alone
+
+so that u_0 = (x_0 - mu_0) * exp(-alpha_0) as well: the last place predicts x_0. The block is then a
+language model that goes on with Gaussians. An empty caption is the null condition.
+
 Improvements over STARFlow (Tab. 1), each a switch: scale="exp" instead of "softplus"; gated=True.
 """
 
@@ -173,6 +181,8 @@ class AutoregressiveBlock(nn.Module):
         num_classes: int,
         gated: bool,
         scale: str,
+        null_row: bool,
+        caption_words: int,
     ):
         super().__init__()
         self.number = number  # counted from 0
@@ -181,8 +191,12 @@ class AutoregressiveBlock(nn.Module):
         self.proj_in = nn.Linear(latent_dim, width)
         # Row k belongs to token k, wherever the order of the block puts it.
         self.position = nn.Parameter(EMBED_STD * torch.randn(num_latents, width))
-        classes = EMBED_STD * torch.randn(num_classes, width)
+        self.null_row = null_row  # the last row is the null class's own
+        classes = EMBED_STD * torch.randn(num_classes + (null_row and num_classes > 0), width)
         self.class_embed = nn.Parameter(classes) if num_classes else None
+        # Of a block that reads captions: L places in front of the tokens. Its classes are words.
+        places = EMBED_STD * torch.randn(caption_words, width) if caption_words else None
+        self.place = nn.Parameter(places) if caption_words else None
         self.layers = nn.ModuleList(Layer(width, head_dim, gated) for _ in range(depth))
         self.proj_out = nn.Linear(width, 2 * latent_dim)
         nn.init.zeros_(self.proj_out.weight)  # a fresh block is the identity
@@ -195,20 +209,25 @@ class AutoregressiveBlock(nn.Module):
     def condition(self, labels: Tensor) -> Tensor | float:
         """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN of all classes'
         embeddings, as in TARFlow: a label dropped in training trains them all, a little."""
-        if self.class_embed is None:
+        if self.class_embed is None or self.place is not None:
             return 0.0
+        if self.null_row:
+            return self.class_embed[labels][:, None]  # -1 is the last
         null, rows = self.class_embed.mean(dim=0), self.class_embed[labels.clamp(min=0)]
         return torch.where(labels[:, None] >= 0, rows, null)[:, None]
 
-    def predict(
-        self,
-        x: Tensor,
-        position: Tensor,
-        condition: Tensor | float,
-        cache: KeyValueCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """mu and alpha, (B, T, d) each, for the token AFTER each of the tokens x (B, T, d)."""
-        h = self.proj_in(x.type_as(self.proj_in.weight)) + position + condition  # (B, T, C)
+    def prefix(self, labels: Tensor) -> Tensor:
+        """What the block reads of captions (B, L) before the tokens: (B, L, C). -1 is no word.
+        Nothing is masked: an empty place says that no word is there, as in STARFlow."""
+        words = self.class_embed[labels.clamp(min=0)]  # (B, L, C)
+        return self.place + torch.where(labels[..., None] >= 0, words, 0.0)
+
+    def embed(self, x: Tensor, position: Tensor, condition: Tensor | float) -> Tensor:
+        """Tokens x (B, T, d) as the Transformer reads them, (B, T, C)."""
+        return self.proj_in(x.type_as(self.proj_in.weight)) + position + condition
+
+    def predict(self, h: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
+        """mu and alpha, (B, T, d) each, for the token AFTER each of what is read, h (B, T, C)."""
         for i, layer in enumerate(self.layers):
             h = layer(h, cache, i)
         mu, alpha = at_least_float32(self.proj_out(h)).chunk(2, dim=-1)
@@ -217,12 +236,16 @@ class AutoregressiveBlock(nn.Module):
         return mu, alpha
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, K, d), labels (B,) -> u (B, K, d) and logdet (B,) in nats."""
+        """x (B, K, d), labels (B,) or captions (B, L) -> u (B, K, d) and logdet (B,) in nats."""
         x = self.order(at_least_float32(x))
-        mu, alpha = self.predict(x, self.order(self.position), self.condition(labels))
-        # Shift by one token: token i gets what was predicted from 0 .. i-1; token 0 passes
-        # unchanged.
-        mu, alpha = F.pad(mu[:, :-1], (0, 0, 1, 0)), F.pad(alpha[:, :-1], (0, 0, 1, 0))  # (B, K, d)
+        h = self.embed(x, self.order(self.position), self.condition(labels))  # (B, K, C)
+        if self.place is not None:
+            h = torch.cat((self.prefix(labels), h), dim=1)  # (B, L + K, C)
+        mu, alpha = self.predict(h)
+        # Shift by one: token i gets what was predicted from all before it. Without a caption there
+        # is nothing before token 0, which passes unchanged.
+        mu, alpha = F.pad(mu[:, :-1], (0, 0, 1, 0)), F.pad(alpha[:, :-1], (0, 0, 1, 0))
+        mu, alpha = mu[:, -x.shape[1] :], alpha[:, -x.shape[1] :]  # (B, K, d)
         u = (x - mu) * torch.exp(-alpha)
         return self.order(u), -alpha.sum(dim=(1, 2))
 
@@ -239,11 +262,14 @@ class AutoregressiveBlock(nn.Module):
         `window` (and `tolerance`), by `jacobi`."""
         u = self.order(at_least_float32(u))
         predict = Predictor(self, u, labels, guidance)
+        if self.place is not None:  # the solvers below find token 0 solved
+            mu, alpha = predict.from_caption(self.prefix(predict.labels))  # (B, 1, d) each
+            u = torch.cat((u[:, :1] * torch.exp(alpha) + mu, u[:, 1:]), dim=1)
         if window is not None:
             x = jacobi(u, predict, window, tolerance, functools.partial(watch, self.number))
             return self.order(x)
         # Nothing in this loop waits for the device: sample.py records it as a CUDA graph.
-        x = [u[:, :1]]  # the first token passes unchanged
+        x = [u[:, :1]]  # the first token passes unchanged, or has just been solved
         for i in range(1, u.shape[1]):
             mu, alpha = predict(x[-1], i - 1)  # of token i, (B, 1, d) each
             x.append(u[:, i : i + 1] * torch.exp(alpha) + mu)
@@ -266,23 +292,33 @@ class Predictor:
         self.guided = guidance.weight != 0 and block.class_embed is not None
         if self.guided:  # conditional and unconditional halves share one batch
             labels = torch.cat((labels, torch.full_like(labels, -1)))
-        self.condition, self.position = block.condition(labels), block.order(block.position)
+        self.labels, self.condition = labels, block.condition(labels)
+        self.position = block.order(block.position)
         tokens = torch.arange(K, dtype=u.dtype, device=u.device)
         self.progress = tokens[:, None] / max(K - 1, 1)  # (K, 1)
-        self.cache = KeyValueCache(len(block.layers), K)
+        self.before = 0 if block.place is None else len(block.place)  # places before the tokens
+        self.cache = KeyValueCache(len(block.layers), self.before + K)
+
+    def from_caption(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and alpha, (B, 1, d) each, of token 0, from the places (B, L, C), read only once."""
+        mu, alpha = self.block.predict(prefix, self.cache)
+        return self.guide(mu[:, -1:], alpha[:, -1:], self.progress[:1])
 
     def __call__(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """x (B, T, d), the tokens start .. start+T-1 -> mu and alpha, (B, T, d) each, of the tokens
         one later, start+1 .. start+T. The tokens before `start` have been read by earlier calls."""
         # What those calls have read from `start` on were guesses of jacobi, and is overwritten.
-        self.cache.length, end = start, start + x.shape[1]
-        position = self.position[start:end]  # (T, C)
+        self.cache.length, end = self.before + start, start + x.shape[1]
+        both = x.repeat(2, 1, 1) if self.guided else x  # (2B, T, d)
+        h = self.block.embed(both, self.position[start:end], self.condition)
+        return self.guide(*self.block.predict(h, self.cache), self.progress[start + 1 : end + 1])
+
+    def guide(self, mu: Tensor, alpha: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, d) each from predictions with and without the condition, (2B, T, d), if guided."""
         if not self.guided:
-            return self.block.predict(x, position, self.condition, self.cache)
-        both = x.repeat(2, 1, 1)  # (2B, T, d)
-        mu, alpha = self.block.predict(both, position, self.condition, self.cache)
+            return mu, alpha
         (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
-        return self.guidance(mu, alpha, mu_null, alpha_null, self.progress[start + 1 : end + 1])
+        return self.guidance(mu, alpha, mu_null, alpha_null, progress)
 
 
 def jacobi(
@@ -303,7 +339,7 @@ def jacobi(
     window that moves on with what is solved, because it needs no bound on the sweeps and repeats no
     solved token.
     """
-    x = u.clone()  # token 0 passes unchanged; for the others u is a guess
+    x = u.clone()  # token 0 is solved; for the others u is a guess
     inputs, outputs, u_next = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1
     start, count = 0, u.shape[1] - 1
     while start < count:
@@ -339,22 +375,29 @@ class NormalizingFlow(nn.Module):
         num_classes: int = 1000,  # 0 = unconditional only
         gated: bool = True,  # gated attention; False = STARFlow baseline
         scale: str = "exp",  # "exp", or "softplus" = STARFlow baseline
+        caption_words: int = 0,  # L, words of a caption; 0 = labels. num_classes = words there are
+        null_row: bool = False,  # the null class has a row of its own, as in STARFlow
     ):
         super().__init__()
         if scale not in ("exp", "softplus"):
             raise ValueError(f'scale must be "exp" or "softplus", got "{scale}"')
         self.num_latents, self.latent_dim, self.num_classes = num_latents, latent_dim, num_classes
-        self.blocks = nn.ModuleList(
-            AutoregressiveBlock(
-                i, num_latents, latent_dim, width, depth, head_dim, num_classes, gated, scale
-            )
-            for i, depth in enumerate(depths)
-        )
+        self.caption_words = caption_words
+        sizes = (num_latents, latent_dim, width)
+        self.blocks = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            # Words are for the deep block only: in STARFlow's trials that cost nothing.
+            known = num_classes if not caption_words or i == len(depths) - 1 else 0
+            block = (depth, head_dim, known, gated, scale, null_row, caption_words if known else 0)
+            self.blocks.append(AutoregressiveBlock(i, *sizes, *block))
 
     def _labels(self, z: Tensor, labels: Tensor | None) -> Tensor:
-        """Labels as int64 (B,) on z's device; None = unconditional = all -1."""
+        """Labels as int64 (B,), or (B, L), on z's device; None = unconditional = all -1."""
+        shape = (len(z), self.caption_words) if self.caption_words else (len(z),)
         if labels is None:
-            return torch.full((len(z),), -1, dtype=torch.int64, device=z.device)
+            return torch.full(shape, -1, dtype=torch.int64, device=z.device)
+        if labels.shape != shape:
+            raise ValueError(f"labels must be {shape}, got {tuple(labels.shape)}")
         return labels.to(z.device, torch.int64)
 
     def intermediates(self, z: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
@@ -370,7 +413,7 @@ class NormalizingFlow(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """u = F(z) (B, K, d) and log abs det dF/dz (B,) in nats per image.
 
-        z (B, K, d); labels int64 (B,), -1 = unconditional; None = all unconditional.
+        z (B, K, d); labels int64 (B,), or words (B, L), -1 = none; None = all unconditional.
         """
         outputs, logdet = self.intermediates(z, labels)
         return outputs[-1], logdet
@@ -393,7 +436,7 @@ class NormalizingFlow(nn.Module):
         tolerance: float = 1e-5,
         watch: Callable[[int, int], None] = lambda block, solved: None,
     ) -> Tensor:
-        """z = F^-1(u): noise (B, K, d) and labels (B,) to latents (B, K, d), in at least float32.
+        """z = F^-1(u): noise (B, K, d) and labels as in `forward` to latents (B, K, d), >= float32.
 
         `guidance` is the weight w of classifier-free guidance in the deep block, 0 = none (exact
         inverse); `annealed` and `rule` ("tarflow" or "starflow") as in `Guidance`. `sampler` is

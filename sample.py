@@ -2,6 +2,7 @@
 
     python sample.py                                newest runs/*/model.pt -> grid.png beside it
     python sample.py CKPT --classes 3 7 --num 32 --out grid.png
+    python sample.py CKPT --prompt "a small red star on a blue ground" "a ring"
     torchrun --nproc_per_node=8 -- sample.py CKPT --num 50000 --npz samples.npz     for ADM's suite
     python sample.py CKPT --between A.png B.png         from one to the other, through the flow
     python sample.py CKPT --reconstruct A.png B.png     pictures, what the encoder sees, decoded
@@ -10,7 +11,7 @@
     [ z <- z + sigma^2 * grad_z log p_F(z), TARFlow's denoising, with --denoise ]
     z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8
 
-Sample number i has class classes[i mod C] and noise of its own, by seed and i. Samples are made in
+Sample i has class (or prompt) number i mod C and noise of its own, by seed and i. They are made in
 batches of --batch-size, batch j by process j mod world_size, so that one process and many write the
 same set, to the last bit where devices and threads a process are the same. Finished batches wait in
 OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps torchrun from reading
@@ -25,8 +26,6 @@ The second prior (emigm.py) reveals tokens in --steps instead, in an order drawn
 import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
 import argparse
 import functools
-import hashlib
-import json
 import math
 import time
 from argparse import Namespace
@@ -42,16 +41,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import data, runs
-from common.data import is_batch, save_png, shown_classes, to_uint8, write_npz
+from common.data import is_batch, save_png, shown_classes, write_npz
 from common.runs import Parser, fail, flag, positive, printable, rank, say, wait_for_all
+from common.shapes import from_uint8, read_prompts, to_uint8
 from emigm import sampling_order
 from train import MIMFlow, count_parameters, draws_of_pictures, load_checkpoint, sample_noise
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GRID_COLUMNS = 8  # pictures a class when --num is left out
-BATCHES = "[0-9]" * 6 + ".npy"  # names of finished batches
 OF_EMIGM = ("steps", "evaluations", "interval")  # flags of one prior only
 OF_FLOW = "sampler tolerance cuda_graph guidance_rule constant_guidance denoise between".split()
+OF_CAPTIONS = ("prompt", "prompts")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,13 +135,14 @@ class RecordedInverse:
 
 
 def sample_batch(
-    model: MIMFlow, indices: range, classes: list[int], options: Namespace, **how: Any
+    model: MIMFlow, indices: range, classes: list, options: Namespace, **how: Any
 ) -> np.ndarray:
-    """Samples number `indices` as uint8 (len(indices), H, W, 3); `how` as in flow.inverse."""
+    """Samples number `indices` as uint8 (n, H, W, 3) of classes, or of rows of words; `how` as in
+    flow.inverse."""
     c, device = model.config, model.decoder.coordinates.device
     # Drawn on the CPU, one generator a sample: the same picture on any device, in any batch.
     noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
-    labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # (B,)
+    labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # or (B, L)
     if model.flow is not None:
         how |= dict(annealed=not options.constant_guidance, rule=options.guidance_rule)
         how |= dict(sampler=options.sampler, tolerance=options.tolerance)
@@ -170,12 +171,12 @@ def show_given(out: Path, model: MIMFlow, options: Namespace) -> None:
     encoder sees it in training, and decoded. Given are files, or classes, of which a sample is."""
     images: list[Tensor] = []
     for i, name in enumerate(options.between or options.reconstruct):
-        if Path(name).is_file() or Path(name).suffix:
+        if Path(name).is_file() or Path(name).suffix or model.config.caption_words:
             picture = data.read_picture(Path(name), model.config.image_size)
         else:
             classes = choose_classes([name], model)
             picture = sample_batch(model, range(i, i + 1), classes, options)[0]
-        images.append(data.from_uint8(torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
+        images.append(from_uint8(torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
     x = torch.stack(images).to(model.decoder.coordinates)  # (n, 3, H, W)
     if options.between:
         # Nothing is hidden and no noise is added: the ends are what encoder and decoder make of it.
@@ -196,32 +197,7 @@ def show_given(out: Path, model: MIMFlow, options: Namespace) -> None:
 # for grids, which are small.
 
 
-def open_parts(parts: Path, key: dict[str, Any]) -> Any:
-    """Make and lock the folder of finished batches; those of another command (`key`) are removed.
-    Returns the lock."""
-    key_path, text = parts / "key.json", json.dumps(key, indent=1)
-    lock = runs.claim_folder(parts)
-    if rank() == 0:
-        known = key_path.is_file() and key_path.read_bytes() == text.encode()
-        done = len(list(parts.glob(BATCHES)))
-        if known and done:
-            say(f"going on: {done} batches are in {parts}")
-        elif not known:
-            if done:
-                say(f"note: {done} batches in {parts} are of another command, and are removed")
-            remove_parts(parts)
-            runs.write_text(key_path, text)
-    wait_for_all()
-    return lock
-
-
-def remove_parts(parts: Path) -> None:
-    """Empty the folder of finished batches; the folder itself stays, and what is not ours."""
-    for path in [*parts.glob(BATCHES + "*"), parts / "key.json"]:
-        path.unlink(missing_ok=True)
-
-
-def sample_parts(model: MIMFlow, classes: list[int], options: Namespace, parts: Path) -> list[Path]:
+def sample_parts(model: MIMFlow, classes: list, options: Namespace, parts: Path) -> list[Path]:
     """Sample each batch not yet in the folder `parts`, over all processes; all files in order."""
     size, side = options.batch_size, model.config.image_size
     batches = [range(options.num)[i : i + size] for i in range(0, options.num, size)]
@@ -254,14 +230,6 @@ def sample_parts(model: MIMFlow, classes: list[int], options: Namespace, parts: 
     return paths
 
 
-def weights_sha256(model: MIMFlow) -> str:
-    """SHA-256 of the weights that were loaded."""
-    digest = hashlib.sha256()
-    for weight in model.state_dict().values():
-        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())  # bfloat16, too
-    return digest.hexdigest()
-
-
 def write_grid(path: Path, parts: list[Path], num_classes: int) -> None:
     """A PNG with a row a class (rows of 8 for one class or none); missing pictures are white."""
     images = np.concatenate([np.load(part) for part in parts])  # (n, H, W, 3)
@@ -274,7 +242,7 @@ def write_grid(path: Path, parts: list[Path], num_classes: int) -> None:
     save_png(torch.from_numpy(grid).permute(0, 3, 1, 2) / 127.5 - 1, columns, path)
 
 
-def sample_set(path: Path, model: MIMFlow, classes: list[int], options: Namespace) -> None:
+def sample_set(path: Path, model: MIMFlow, classes: list, options: Namespace) -> None:
     """Sample options.num pictures of the checkpoint at `path` over all processes, then write them
     as ADM's .npz (options.npz), as a grid (options.out), or both."""
     output = options.npz or options.out
@@ -283,23 +251,21 @@ def sample_set(path: Path, model: MIMFlow, classes: list[int], options: Namespac
     # pixels is the same: the flags, but for those that say where to write, and the weights.
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
     # Not the file's hash: a training run may have replaced it since it was read.
-    key |= {"classes": classes, "weights": weights_sha256(model)}
-    lock = open_parts(parts, {**key, "device": model.decoder.coordinates.device.type})
+    key |= {"classes": classes, "weights": runs.weights_sha256(model)}
+    lock = runs.open_parts(parts, {**key, "device": model.decoder.coordinates.device.type})
     files = sample_parts(model, classes, options, parts)
+    numbers = range(len(classes)) if options.prompt else classes
     if rank() == 0:
         if options.npz is not None:
-            write_npz(options.npz, files, np.resize(classes, options.num))  # cycles through them
-            say(f"{options.npz}: {options.num} pictures, {len(set(classes))} classes")
+            write_npz(options.npz, files, np.resize(numbers, options.num))  # cycles through them
+            say(f"{options.npz}: {options.num} pictures, {len(set(numbers))} classes")
         if options.out is not None:
             write_grid(options.out, files, len(classes))
-            names = ["no classes" if i < 0 else printable(model.class_names[i]) for i in classes]
+            known = options.prompt or model.class_names
+            names = ["no classes" if i < 0 else printable(known[i]) for i in numbers]
             how = f"guidance {options.guidance:g}, seed {options.seed}"
             say(f"{options.out}: {how}; rows: {', '.join(names)}")
-        remove_parts(parts)
-        lock.close()
-        (parts / ".lock").unlink()
-        if not any(parts.iterdir()):
-            parts.rmdir()
+        runs.remove_parts(parts, lock)
     wait_for_all()  # nobody reads the files before they are there
 
 
@@ -318,8 +284,10 @@ def show_info(path: Path, model: MIMFlow) -> None:
 
 def refuse_flags_of_the_other(options: Namespace, model: MIMFlow) -> None:
     """End with a line if a flag was given that the prior of this checkpoint does not have."""
-    plain, mine = parse_arguments([]), "emigm" if model.flow is None else "the flow"
-    for name in OF_FLOW if model.flow is None else OF_EMIGM:
+    plain, captions = parse_arguments([]), model.config.caption_words > 0
+    mine = "emigm" if model.flow is None else f"the flow of {'captions' * captions or 'classes'}"
+    others = OF_FLOW if model.flow is None else OF_EMIGM
+    for name in (*others, *(("classes",) if captions else OF_CAPTIONS)):
         if getattr(options, name) != getattr(plain, name):
             other = "guidance_interval" if name == "interval" else name
             fail(f"{flag(other)}: the prior of this checkpoint is {mine}, without such a flag", 2)
@@ -346,6 +314,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("checkpoint", nargs="?", help="model.pt of a run (default: the newest runs/*/model.pt)")
     add("--info", action="store_true", help="describe the checkpoint and stop")
     add("--classes", nargs="+", metavar="C", help="default: all; without --npz, 8 of many")
+    add("--prompt", nargs="+", metavar="TEXT", help="captions, of a model that reads them")
+    add("--prompts", type=Path, metavar="FILE", help="a file with more of them, one a line")
     add("--num", type=positive, metavar="N", help="pictures in all (default: 8 a class)")
     add("--out", type=Path, metavar="PNG", help="a row a class (default: grid.png by CKPT)")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -387,13 +357,17 @@ def main(options: Namespace) -> None:
     if options.info:
         return show_info(path, model)
     refuse_flags_of_the_other(options, model)
-    classes = choose_classes(options.classes, model, every=options.npz is not None)
     options.guidance = choose_guidance(options.guidance, model)
     if given := options.between or options.reconstruct:
         name = "between.png" if options.between else "reconstruct.png"
         out = options.out or runs.beside(path, name)
         runs.check_output(out, ".png", [path, *map(Path, given)])
         return show_given(out, model, options)
+    if places := model.config.caption_words:
+        asked = (options.prompt, options.prompts, model.class_names, places)
+        options.prompt, classes = read_prompts(*asked)  # classes: a row of L words a prompt
+    else:
+        classes = choose_classes(options.classes, model, every=options.npz is not None)
     if options.num is None:
         options.num = GRID_COLUMNS * (len(classes) if classes != [-1] else GRID_COLUMNS)
     classes = classes[: options.num]  # fewer pictures than classes: no rows without any

@@ -254,16 +254,17 @@ def singular_extremes(
 
     flow: a NormalizingFlow, one of its blocks, or any map (z, labels) -> (u, logdet) that treats
     images independently; its weights must have z's type, float64 for full accuracy. z (B, K, d);
-    labels int64 (B,), -1 or None = unconditional. What misses the tolerance has converged False.
-    Raises ValueError for unusable arguments and for a flow that is not finite.
+    labels int64 (B,) or (B, L), -1 or None = unconditional. What misses the tolerance has converged
+    False. Raises ValueError for unusable arguments and for a flow that is not finite.
     """
     if z.ndim != 3 or not z.is_floating_point() or not len(z):
         raise ValueError(f"z must be a floating-point (B, K, d), got {z.dtype} {tuple(z.shape)}")
-    if labels is not None and labels.shape != z.shape[:1]:
+    if labels is not None and labels.shape[:1] != z.shape[:1]:
         raise ValueError(f"labels must be ({len(z)},), got {tuple(labels.shape)}")
     if not (shift > 0 and tolerance > 0 and max_iterations > 0):
         raise ValueError("shift, tolerance and max_iterations must be positive")
-    labels = torch.full((len(z),), -1) if labels is None else labels
+    places = getattr(flow, "caption_words", 0)  # of the words of a caption
+    labels = torch.full((len(z), places)[: 1 + bool(places)], -1) if labels is None else labels
     jacobian = Jacobian(flow, z, labels.to(z.device))
     # v_0 is the same for every image, so that none depends on its place in a batch.
     v = torch.randn(z[0].numel(), generator=torch.Generator().manual_seed(seed))
@@ -326,7 +327,7 @@ def analyse(path: Path, model: MIMFlow, pictures: Pictures, flags: Namespace) ->
         "step": model.step,
         "dimension": flow.num_latents * flow.latent_dim,
         "pictures": pictures.source,
-        "labels": "true class" if max(all_labels) >= 0 else "unconditional",
+        "labels": "true class" if np.max(all_labels) >= 0 else "unconditional",
         "seconds": round(time.perf_counter() - began, 1),
         **whole,
         **({"blocks": blocks} if blocks else {}),
@@ -336,8 +337,7 @@ def analyse(path: Path, model: MIMFlow, pictures: Pictures, flags: Namespace) ->
 def summarize(parts: tuple[Extremes, ...]) -> dict[str, Any]:
     """All batches of the flow or a block: lists over the images, and for the quantities of Fig. 5
     mean, standard deviation and quantiles."""
-    joined = Extremes(*map(torch.cat, zip(*parts, strict=True)))
-    summary = {}
+    joined, summary = Extremes(*map(torch.cat, zip(*parts, strict=True))), {}
     for name in ("sigma_max", "sigma_min", "log10_condition"):
         values = getattr(joined, name).double().numpy()
         summary[name] = {"mean": float(values.mean()), "std": float(values.std())}
@@ -404,7 +404,8 @@ def main(flags: Namespace) -> None:
         if model.flow is None:
             fail(f"{path}: its prior (emigm.py) is no map and has no Jacobian: a flow is needed")
         data = model.config.data if flags.data is None else flags.data
-        pictures = Pictures(data, model.config.image_size, "val", flags.images, flags.seed)
+        asked = (model.config.image_size, "val", flags.images, flags.seed)
+        pictures = Pictures(data, *asked, model.config.caption_words)
         if model.config.num_classes and pictures.class_names not in ((), model.class_names):
             fail(f"{path} was trained on other classes than {pictures.source} has: give its own")
         work.append((path, model, pictures))

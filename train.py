@@ -1,7 +1,7 @@
 """Both phases of MIMFlow's training (Sec. 3.2.3 and 3.3, Tab. 6 and 7).
 
-    python train.py                                       # preset shapes: built-in pictures
-    python train.py --preset photos --data FOLDER         # your pictures: class folders or flat
+    python train.py                                # preset shapes: built-in pictures; or captions
+    python train.py --preset photos --data FOLDER  # your pictures: class folders or flat
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --data /path/to/imagenet
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
         --init runs/mimflow-l/model.pt --data /path/to/imagenet
@@ -47,6 +47,7 @@ from torch.utils.data import Dataset
 import losses
 from common import data, runs
 from common.runs import BELOW_1, POSITIVE, SHARE, fail, flag, option, rank, say, shown, world_size
+from common.shapes import from_uint8
 from decoder import AuxiliaryDecoder, Decoder, drop_path_scales
 from emigm import SCHEDULES, MaskedPrior, TokenDraws, draw_tokens, visible_slots
 from encoder import MaskedEncoder, random_mask
@@ -78,6 +79,7 @@ class Config:
     data: str | None = option(None, "folder, or cifar10, pets, ...; no = built-in", metavar="DATA")
     image_size: int = option(256, "side of the training images, pixels", POSITIVE)
     num_classes: int | None = option(None, "0 = no labels; left out: counted in the data")
+    caption_words: int = option(0, "words of a caption that are read; 0 = classes", (0, 999))
     num_workers: int = option(8, "data-loading processes per GPU", (0, 1024))
     skip_bad_images: bool = option(False, "pass over pictures that cannot be read, 0.1 %% at most")
     # Masked encoder and decoder (Tab. 6): ViT-B twice
@@ -97,6 +99,7 @@ class Config:
     flow_head_dim: int = option(64, "size of an attention head of the flow", POSITIVE)
     gated: bool = option(True, "gated attention (Tab. 1)")
     scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=("exp", "softplus"))
+    null_row: bool = option(False, "a row of its own for the null class, as STARFlow; or the mean")
     # The second prior (emigm.py), in place of the flow, on the latents of a frozen autoencoder
     prior: str = option("flow", "or emigm, without density", choices=("flow", "emigm"))
     emigm_width: int = option(1024, "channels of its Transformer", POSITIVE)
@@ -189,6 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "starflow-l": dict(FROZEN, gated=False, scale="softplus"),  # STARFlow's own form
     "emigm-l": dict(FROZEN, prior="emigm", guidance=3.0),
 }
+PRESETS["captions"] = dict(PRESETS[LAPTOP], caption_words=8, steps=5000)
 
 # What --prior emigm changes in a preset.
 EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
@@ -241,11 +245,12 @@ def check_config(config: Config) -> None:
     if c.prior == "emigm" and not c.freeze_autoencoder:
         # Its loss rewards z that is easy to predict, and no logdet pays for shrinking z: collapse.
         problem = "--prior emigm needs --freeze-autoencoder (and --init): it trains no encoder"
+    if c.caption_words and (c.prior == "emigm" or c.num_classes == 0):
+        problem = "--caption-words needs --prior flow, and words: leave --num-classes out"
     if c.phase == "decoder" and c.freeze_autoencoder:
         problem = "--phase decoder trains what --freeze-autoencoder freezes: choose one"
     if c.init is None and (c.phase == "decoder" or c.freeze_autoencoder):
-        what = "phase 2" if c.phase == "decoder" else "a frozen autoencoder"
-        problem = f"{what} begins with a trained one: add --init CKPT (the model.pt of phase 1)"
+        problem = "phase 2 and a frozen autoencoder begin with phase 1's model.pt: add --init CKPT"
     if c.perceptual_weight and c.image_size < Perceptual.MIN_SIDE:
         problem = f"LPIPS needs pictures of {Perceptual.MIN_SIDE} pixels: --perceptual-weight 0"
     if c.phase == "decoder" and c.gan_weight and c.image_size < PatchDiscriminator.MIN_SIDE:
@@ -257,16 +262,17 @@ def check_config(config: Config) -> None:
         fail(problem, 2)
 
 
-def resolve(config: Config, dataset: Dataset) -> Config:
-    """Fill in what the data decide: the number of classes and of steps."""
+def resolve(c: Config) -> tuple[Config, Dataset]:
+    """Fill in what the data decide, the number of classes and of steps; the data."""
+    dataset = data.open_dataset(c.data, c.image_size, "train", c.seed, c.caption_words)
     found = len(dataset.class_names)
-    classes = found if config.num_classes is None else config.num_classes
+    classes = found if c.num_classes is None else c.num_classes
     if classes not in (0, found):
-        source = config.data or "the built-in pictures, which are used without --data,"
+        source = c.data or "the built-in pictures, which are used without --data,"
         hint = f"{found}, or 0 for no labels" if found else "0, as there are no class folders"
         fail(f"--num-classes is {classes} but {source} have {found}: use {hint}", 2)
-    steps = min(runs.MANY, max(1, round(config.epochs * len(dataset) / config.batch_size)))
-    return replace(config, num_classes=classes, steps=config.steps or steps)
+    steps = min(runs.MANY, max(1, round(c.epochs * len(dataset) / c.batch_size)))
+    return replace(c, num_classes=classes, steps=c.steps or steps), dataset
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,12 +366,12 @@ class MIMFlow(nn.Module):
         self.config, self.class_names, self.step = config, tuple(class_names), 0
         vit = dict(image_size=c.image_size, patch_size=c.patch_size, width=c.width, depth=c.depth)
         vit |= dict(heads=c.heads, num_latents=c.num_latents, latent_dim=c.latent_dim)
-        flow = dict(width=c.flow_width, depths=c.flow_depths, head_dim=c.flow_head_dim)
-        flow |= dict(num_classes=c.num_classes, gated=c.gated, scale=c.scale)
+        flow = dict(depths=c.flow_depths, head_dim=c.flow_head_dim, gated=c.gated, scale=c.scale)
+        flow |= dict(num_classes=c.num_classes, caption_words=c.caption_words, null_row=c.null_row)
         self.encoder = MaskedEncoder(**vit)
         self.flow = self.emigm = None
         if c.prior == "flow":
-            self.flow = NormalizingFlow(c.num_latents, c.latent_dim, **flow)
+            self.flow = NormalizingFlow(c.num_latents, c.latent_dim, c.flow_width, **flow)
             self.flow.requires_grad_(c.phase == "joint")
         else:
             sizes = (c.emigm_width, c.emigm_heads, *c.emigm_depths, c.emigm_buffer, *c.emigm_head)
@@ -461,8 +467,8 @@ class JointTraining(nn.Module):
         images (B, 3, H, W) or None. `nll_weight` grows with the step, so it is given."""
         model, c = self.model, self.model.config
         mu, z = model.latents(images, draws)  # Eq. 1, (B, K, d)
-        # -1 trains the null class, which guidance later compares with: both from one flow.
-        labels = torch.where(draws.drop_label, -1, labels)
+        # -1 trains the null class (or empty caption) that guidance compares with: from one flow.
+        labels = torch.where(draws.drop_label.view(-1, *[1] * (labels.dim() - 1)), -1, labels)
         # Over the images of this forward pass: compare equal batch sizes only. Near 0 the latent
         # has collapsed: the flow is content and the picture is lost.
         mu_std = mu.detach().std(dim=0, correction=0).mean()
@@ -487,10 +493,9 @@ class JointTraining(nn.Module):
 
         logs.update(loss=loss, nll=nll, nll_square=nll_square, nll_logdet=nll_logdet)
         logs = {name: value.detach().mean() for name, value in logs.items()}
-        with torch.no_grad():
-            # Per-block mean square: 1 at the end is a flow that reaches the unit Gaussian.
-            logs["block_mean_square"] = torch.stack([x.square().mean() for x in outputs])
-            logs["mu_std"] = mu_std
+        # Per-block mean square: 1 at the end is a flow that reaches the unit Gaussian.
+        logs["block_mean_square"] = torch.stack([x.detach().square().mean() for x in outputs])
+        logs["mu_std"] = mu_std
         return loss.mean(), logs, None if painted is None else painted.detach()
 
 
@@ -612,7 +617,7 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
     norms = [nn.utils.clip_grad_norm_(p.module.parameters(), config.grad_clip) for p in players]
     not_finite = 1 - torch.stack(norms).isfinite().all().float()
     for optimizer in (player.optimizer for player in players):
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr  # the only group
         optimizer.found_inf = not_finite
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -680,6 +685,7 @@ def begin_from(trained: MIMFlow, model: MIMFlow) -> None:
     if model.config.phase == "decoder":  # the baseline of Tab. 1 trains a flow of its own
         parts += ["flow"]
         fit += "prior flow_width flow_depths flow_head_dim num_classes gated scale sigma mask_ratio"
+        fit += " caption_words"
     there = {name: getattr(trained.config, name) for name in fit.split()}
     if differing := [k for k, v in there.items() if v != getattr(model.config, k)]:
         named = ", ".join(f"{flag(k)} {shown(there[k])}" for k in differing)
@@ -731,10 +737,10 @@ def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any]
 # Training
 
 
-def sample_grid(ema: MIMFlow, device: torch.device, done: int) -> None:
+def sample_grid(ema: MIMFlow, device: torch.device, done: int, dataset: Dataset) -> None:
     """Write a grid of EMA samples, always of the same noise and labels: one sees them improve."""
     c = ema.config
-    labels = torch.tensor(data.shown_classes(c.num_classes)).repeat_interleave(8)
+    labels = data.shown_labels(dataset, c.num_classes).repeat_interleave(8, dim=0)
     noise = sample_noise(c.seed, range(len(labels)), c.num_latents, c.latent_dim)
     images = ema.sample(noise.to(device), labels.to(device), c.guidance)
     data.save_png(images, 8, c.run_dir / "samples" / f"step_{done:07d}.png")
@@ -744,8 +750,7 @@ def write_log(config: Config, line: dict[str, Any], bar: Any) -> None:
     """Add a line to log.jsonl, and show its most telling numbers."""
     runs.append_line(config.run_dir / "log.jsonl", json.dumps(line))
     keys = ("loss", "mse", "lpips", "nll", "mu_std", "gan", "discriminator")
-    text = "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line)
-    bar.set_postfix_str(text)
+    bar.set_postfix_str(text := "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line))
     if bar.disable:
         say(f"step {line['step']}/{config.steps}  {text}  {line['ms_per_step']:.0f} ms")
 
@@ -755,8 +760,7 @@ def main(config: Config, overwrite: bool = False) -> None:
     # Set-up: device, data, earlier work. All that can be wrong is found before anything is written.
     check_config(config)
     device = runs.select_device(config.device)
-    dataset = data.open_dataset(config.data, config.image_size, "train", config.seed)
-    config = resolve(config, dataset)
+    config, dataset = resolve(config)
     c, last, model_path = config, config.run_dir / "last.pt", config.run_dir / "model.pt"
     overwrite = overwrite and runs.restarts() == 0  # what torchrun starts again is this very run
     runs.require_own_folder(c.run_dir, "num_latents")
@@ -825,7 +829,7 @@ def main(config: Config, overwrite: bool = False) -> None:
     for step, (images, labels, bad) in zip(steps, loader, strict=True):
         done, at_end = step + 1, step + 1 == c.steps
         broken.add(bad)
-        images = data.from_uint8(images.to(device, non_blocking=on_cuda))  # (share, 3, H, W)
+        images = from_uint8(images.to(device, non_blocking=on_cuda))  # (share, 3, H, W)
         images, labels = images.to(dtype), labels.to(device, non_blocking=on_cuda)
         labels = labels if c.num_classes else torch.full_like(labels, -1)
         logs = accumulate_gradients(players, config, images, labels, step)
@@ -843,14 +847,13 @@ def main(config: Config, overwrite: bool = False) -> None:
             line |= {k: runs.mean_over_processes(value).tolist() for k, value in logs.items()}
             if c.skip_bad_images:
                 line["bad_images"] = broken.count_of_all()
-            now = time.perf_counter()
-            line["ms_per_step"] = round(1000 * (now - since) / (done - logged), 1)
-            since, logged = now, done
+            taken, since = time.perf_counter() - since, time.perf_counter()
+            line["ms_per_step"], logged = round(1000 * taken / (done - logged), 1), done
             if rank() == 0:
                 runs.attempt("log.jsonl", write_log, config, line, bar)
         # Rank 0 alone samples and writes; the others wait for it at the next gradient.
         if rank() == 0 and (done % c.sample_every == 0 or at_end):
-            runs.attempt("a grid of samples", sample_grid, ema, device, done)
+            runs.attempt("a grid of samples", sample_grid, ema, device, done, dataset)
         # Asked at every step: a process that left alone would leave the others waiting. While
         # gradients are not finite no save is due, so that both checkpoints are from before.
         stopped_by = stop.agreed()
@@ -912,11 +915,11 @@ def command_line() -> None:
     """Do what the command line says."""
     config, actions = parse_arguments()
     if actions.check_data:
-        data.check_data(config.data, config.image_size)
+        data.check_data(config.data, config.image_size, config.caption_words)
     elif actions.dry_run:
         check_config(config)
         if config.data is not None or config.num_classes is None:
-            config = resolve(config, data.open_dataset(config.data, config.image_size))
+            config, _ = resolve(config)
         print(*(f"{name:18} {shown(value)}" for name, value in asdict(config).items()), sep="\n")
         with torch.device("meta"):  # nothing is allocated
             model = MIMFlow(config)

@@ -1,16 +1,18 @@
-"""Pictures in and out: the built-in ones, folders, .npz files; ADM's crop; the order of training;
-grids.
+"""Pictures in and out: folders, published sets, .npz files; ADM's crop; the order of steps; grids.
 
 A dataset has `class_names`, `labels` (n,) and `__len__`, and gives (image, label) for `dataset[i]`
 and for `dataset[epoch, i]`, the training picture, which may be augmented. Images are float32
 (3, H, W) in [-1, 1], labels int, -1 = none. A picture that cannot be read raises BrokenImage.
+With captions (`caption_words` L > 0) `class_names` are the words that are known, and a label, which
+is `dataset.row(i)` as well, is the caption: (L,) numbers of words, then -1 for nothing.
 """
 
-import colorsys
+import itertools
 import math
 import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import hflip, pil_to_tensor
+from torchvision.transforms.functional import hflip
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import runs
 from common.runs import InputError, fail, printable, progress, rank, say, world_size
+from common.shapes import (
+    CaptionedShapes,
+    ShapesDataset,
+    caption_row,
+    read_captions,
+    split_words,
+    to_tensor,
+    to_uint8,
+)
 
-SUPERSAMPLE = 4  # the built-in pictures are drawn this many times too large, then averaged
 MAX_ASPECT = 64  # the centre of a longer picture is all that is looked at
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
@@ -46,116 +56,6 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testi
 
 class BrokenImage(InputError):
     """A picture that cannot be decoded; the message has its path."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Values
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
-    return from_uint8(pil_to_tensor(picture))
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1], any shape."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 [0, 255], rounded to the nearest, any shape; out of range is clamped."""
-    # 127.5 x + 127.5 is the value, and cutting off 0.5 more rounds it.
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
-
-
-# --------------------------------------------------------------------------------------------------
-# The built-in pictures: ten shapes, rendered on the fly, nothing to download
-
-
-def regular_polygon(corners: int, radius: float, start=90.0, shift=0.0) -> np.ndarray:
-    """Corners (corners, 2) as (x, y), y downwards, first at `start` degrees, shifted along x."""
-    angle = np.radians(start + 360.0 * np.arange(corners) / corners)
-    return np.stack((radius * np.cos(angle) + shift, -radius * np.sin(angle)), axis=1)
-
-
-T = np.linspace(0, 2 * math.pi, 48, endpoint=False)  # the heart is a curve of this angle
-HEART_Y = 13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)
-STAR = (regular_polygon(5, 1.1), regular_polygon(5, 0.45, start=126))  # its tips, and between
-CROSS_ARM = np.array(((-0.34, -1), (0.34, -1), (0.34, -0.34)))  # a quarter of the corners
-QUARTER_TURNS = [np.linalg.matrix_power(((0, 1), (-1, 0)), t) for t in range(4)]
-ARROW = np.array(((-1, -0.3), (0, -0.3), (0, -0.9), (1.1, 0), (0, 0.9), (0, 0.3), (-1, 0.3)))
-
-# Class name -> polygons about the origin, radius about 1: the first is filled, the second cut out.
-SHAPES: dict[str, list[np.ndarray]] = {
-    "circle": [regular_polygon(48, 0.95)],
-    "square": [regular_polygon(4, 1.2, start=45)],
-    "triangle": [regular_polygon(3, 1.2) + (0, 0.2)],
-    "star": [np.stack(STAR, axis=1).reshape(10, 2)],
-    "cross": [np.concatenate([CROSS_ARM @ turn for turn in QUARTER_TURNS])],
-    "ring": [regular_polygon(48, 1.0), regular_polygon(48, 0.55)],
-    "heart": [np.stack((np.sin(T) ** 3, -(HEART_Y + 2) / 16), axis=1)],
-    "moon": [regular_polygon(48, 1.0, shift=-0.15), regular_polygon(48, 0.85, shift=0.35)],
-    "bar": [np.array(((-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)))],
-    "arrow": [ARROW],
-}
-
-
-def render_shape(
-    label: int, rng: np.random.Generator, size: int, hue: float | None = None
-) -> Image.Image:
-    """One picture (size x size, RGB) of class `label`: a bright shape on a dark textured ground.
-
-    Place, size, tilt, colours and textures vary with `rng`. Each class has a typical hue, as real
-    classes do, with some spread; `hue` in [0, 1) overrides it (a classifier that must judge
-    shape, not colour, is trained on random hues).
-    """
-    # Coverage of each pixel by the shape: polygons too large, then averaged.
-    side = size * SUPERSAMPLE
-    radius, tilt = rng.uniform(0.36, 0.44) * side, math.radians(rng.uniform(-15, 15))
-    centre = (0.5 + rng.uniform(-0.06, 0.06, 2)) * side
-    cos, sin = math.cos(tilt), math.sin(tilt)
-    turn = radius * np.array(((cos, sin), (-sin, cos)))  # (x, y) @ turn
-    canvas = Image.new("L", (side, side), 0)
-    for polygon, fill in zip(list(SHAPES.values())[label], (255, 0), strict=False):
-        ImageDraw.Draw(canvas).polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
-    coverage = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)[:, :, None] / 255
-
-    # Colours: a two-colour ramp with waves behind; the class's hue, shaded, with waves in front.
-    x = np.arange(size, dtype=np.float32) / size - 0.5
-    direction = rng.uniform(0, 2 * math.pi, 3)  # of the ramp and of the two waves
-    phase = x * np.cos(direction)[:, None, None] + x[:, None] * np.sin(direction)[:, None, None]
-    ramp, back_wave, front_wave = phase[..., None].astype(np.float32)  # (size, size, 1) each
-    waves, shift = 2 * math.pi * rng.uniform(2, 4, 2), rng.uniform(0, 2 * math.pi, 2)
-    ground = [colorsys.hsv_to_rgb(*rng.uniform((0, 0.3, 0.05), (1, 0.8, 0.35))) for _ in range(2)]
-    ground = np.array(ground, dtype=np.float32)
-    back = ground[0] + (ground[1] - ground[0]) * (ramp + 0.5)
-    back += 0.04 * np.sin(waves[0] * back_wave + shift[0])
-    if hue is None:
-        hue = (label / len(SHAPES) + rng.normal(0, 0.03)) % 1.0
-    colour = np.array(colorsys.hsv_to_rgb(hue, *rng.uniform((0.45, 0.85), (0.85, 1.0))), np.float32)
-    front = colour * (0.88 + 0.25 * ramp) * (1 + 0.1 * np.sin(waves[1] * front_wave + shift[1]))
-    picture = back + (front - back) * coverage  # (size, size, 3) in [0, 1]
-    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-class ShapesDataset(Dataset):
-    """Built-in labelled pictures: picture `index` is always the same, class index % 10."""
-
-    def __init__(self, image_size: int, split: str = "train"):
-        self.image_size, self.split = image_size, split
-        self.class_names = tuple(SHAPES)
-        self.labels = np.arange({"train": 50_000, "val": 2_000}[split]) % len(SHAPES)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
-        index = key[1] if isinstance(key, tuple) else key  # nothing is augmented here
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        label = int(self.labels[index])
-        rng = np.random.default_rng((0 if self.split == "train" else 1, index))
-        return to_tensor(render_shape(label, rng, self.image_size)), label
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,14 +128,16 @@ class FolderDataset(Dataset):
     """Pictures of a folder: CLASS folders (labels 0, 1, ... by sorted name), or flat (label -1).
 
     FOLDER may hold train/, val/ and test/, each in that layout, with the classes of train/; else it
-    is itself every split. Hidden files and folders are passed over.
+    is itself every split. Hidden files and folders are passed over. With `places` for the words of
+    captions the labels are those, class folders are just folders, and nothing is flipped: "left"
+    would lie. Words that occur twice or more in the captions of train/ are known.
     """
 
-    def __init__(self, folder: str, image_size: int, split: str = "train", seed: int = 0):
+    def __init__(self, folder: str, image_size: int, split="train", seed=0, places=0):
         top = Path(folder)
         if not top.is_dir():
             fail(f"there is no data folder {folder}: give one, or one of {', '.join(NAMED)}")
-        self.image_size, self.seed = image_size, seed
+        self.image_size, self.seed, self.places = image_size, seed, places
         folders = {path.name for path in look_into(top)[0]}
         has_splits = "train" in folders and folders <= {"train", "val", "test"}
         if has_splits and split not in folders:
@@ -262,21 +164,40 @@ class FolderDataset(Dataset):
         # Arrays, not lists of a million objects: worker processes would copy those, one by one.
         self.paths = np.array([os.fsencode(path.relative_to(self.root)) for path in pictures])
         self.labels = np.array(labels)
+        if places:
+            lines = map(read_captions, list_images(top / "train" if has_splits else top))
+            count = Counter(word for line in itertools.chain(*lines) for word in split_words(line))
+            self.class_names = tuple(sorted(word for word, n in count.items() if n > 1))
+            self.known = {word: i for i, word in enumerate(self.class_names)}
+            if not self.known:
+                fail(f"no word comes twice in captions of {folder}: put FILE.txt beside FILE.jpg")
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int]:
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths[index])
+
+    def row(self, index: int, epoch: int | None = None) -> int | Tensor:
+        """The class of a picture, or its first caption, or that of an epoch; no caption is ""."""
+        if not self.places:
+            return int(self.labels[index])
+        lines, turn = read_captions(self.path(index)) or [""], 0
+        if epoch is not None:
+            turn = np.random.default_rng((self.seed, epoch, index)).integers(len(lines))
+        return caption_row(lines[turn], self.known, self.places)
+
+    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int | Tensor]:
         """`key`: an index, or (epoch, index), which also flips half of the pictures."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        picture = self.read(index)
-        if epoch is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
+        picture, flips = self.read(index), epoch is not None and not self.places
+        if flips and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             picture = hflip(picture)
-        return to_tensor(picture), int(self.labels[index])
+        return to_tensor(picture), self.row(index, epoch)
 
     def read(self, index: int) -> Image.Image:
         """Picture `index`, cropped."""
-        return read_picture(self.root / os.fsdecode(self.paths[index]), self.image_size)
+        return read_picture(self.path(index), self.image_size)
 
 
 # fmt: off
@@ -303,7 +224,11 @@ class NamedDataset(FolderDataset):
     """A published data set, downloaded and read by torchvision's class of it, in data/NAME: its own
     classes, and its own split for validation (its test set where it has no other)."""
 
-    def __init__(self, name: str, image_size: int, split: str = "train", seed: int = 0):
+    places = 0  # no captions
+
+    def __init__(self, name: str, image_size: int, split="train", seed=0, places=0):
+        if places:
+            fail(f"--data {name} has no captions: leave --caption-words out", 2)
         kind, train, val, address, *folder = NAMED[name]
         kind, how = getattr(datasets, kind), train if split == "train" else val
         top, part = Path("data", name), Path("data", name + ".part")
@@ -339,23 +264,37 @@ class NamedDataset(FolderDataset):
         return adm_crop(self.pictures[index][0], self.image_size)
 
 
-def open_dataset(data: str | None, image_size: int, split: str = "train", seed: int = 0) -> Dataset:
-    """The pictures that --data names, or with None the built-in ones; a folder wins over a name."""
+def open_dataset(data: str | None, image_size: int, split="train", seed=0, places=0) -> Dataset:
+    """The pictures that --data names, or with None the built-in ones; a folder wins over a name.
+    `places`: with captions."""
+    if data is None and places:
+        return CaptionedShapes(image_size, split, seed, places)
     if data is None:
         return ShapesDataset(image_size, split)
     kind = NamedDataset if data in NAMED and not Path(data).is_dir() else FolderDataset
-    return kind(data, image_size, split, seed)
+    return kind(data, image_size, split, seed, places)
 
 
-def check_data(data: str | None, image_size: int) -> None:
-    """Open every picture of train/ and val/ once, list those that cannot be read; exit code 1 if
-    there are any."""
+def check_captions(dataset: FolderDataset) -> int:
+    """Name pictures without a caption and captions without a picture; how many there are."""
+    pictures = {path.with_suffix(""): path for path in map(dataset.path, range(len(dataset)))}
+    found = [f"{path} has no caption" for path in pictures.values() if not read_captions(path)]
+    texts = sorted(dataset.root.rglob("[!.]*.txt"))
+    found += [f"{path} has no picture" for path in texts if path.with_suffix("") not in pictures]
+    for line in found:
+        say(line)
+    return len(found)
+
+
+def check_data(data: str | None, image_size: int, places: int = 0) -> None:
+    """Open every picture of train/ and val/ once, list those that cannot be read, and with captions
+    what stands alone; exit code 1 if there are any that cannot be read."""
     if not 0 < image_size <= 2**16:
         fail(f"--image-size must be from 1 to 65536, got {image_size}", 2)
-    sets, broken = [open_dataset(data, image_size)], 0
+    sets, broken = [open_dataset(data, image_size, places=places)], 0
     has_val = data and sets[0].root != Path(data) and Path(data, "val").is_dir()
     if has_val or isinstance(sets[0], NamedDataset):
-        sets.append(open_dataset(data, image_size, "val"))
+        sets.append(open_dataset(data, image_size, "val", places=places))
     for dataset in sets:
         for index in progress(range(len(dataset)), "checking"):
             try:
@@ -363,7 +302,9 @@ def check_data(data: str | None, image_size: int) -> None:
             except BrokenImage as error:
                 broken += 1
                 say(printable(str(error)))
-    say(f"{sum(map(len, sets))} pictures, {len(sets[0].class_names)} classes, {broken} broken")
+    alone = sum(map(check_captions, sets)) if places and data is not None else 0
+    kind = f"words, {alone} captions or pictures alone" if places else "classes"
+    say(f"{sum(map(len, sets))} pictures, {len(sets[0].class_names)} {kind}, {broken} broken")
     raise SystemExit(1 if broken else 0)
 
 
@@ -483,9 +424,9 @@ class Pictures(Dataset):
     """
 
     def __init__(
-        self, data: str | None, size: int, split: str = "val", num: int | None = None, seed: int = 0
+        self, data: str | None, size: int, split="val", num: int | None = None, seed=0, places=0
     ):
-        self.split, self.dataset = split, open_dataset(data, size, split)
+        self.split, self.dataset = split, open_dataset(data, size, split, places=places)
         self.source = "the built-in pictures" if data is None else str(data)
         self.root = getattr(self.dataset, "root", split)  # one and the same for several splits?
         self.class_names, self.labels = tuple(self.dataset.class_names), self.dataset.labels
@@ -501,7 +442,8 @@ class Pictures(Dataset):
     def __getitem__(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
         numbers = self.numbers[indices.start : indices.stop]
         images, labels = zip(*(self.dataset[int(n)] for n in numbers), strict=True)
-        return torch.stack(images), torch.tensor(labels), torch.from_numpy(numbers)
+        labels = torch.stack([torch.as_tensor(label) for label in labels])  # (n,) or (n, L)
+        return torch.stack(images), labels, torch.from_numpy(numbers)
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of these pictures."""
@@ -692,6 +634,13 @@ def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
                 np.lib.format.write_array(entry, labels)
 
     runs.write_file(path, write)
+
+
+def shown_labels(dataset: Dataset, num_classes: int) -> Tensor:
+    """The rows of a grid in training: of classes (R,), or of the first eight captions (R, L)."""
+    if getattr(dataset, "places", 0):
+        return torch.stack([dataset.row(index) for index in range(min(8, len(dataset)))])
+    return torch.tensor(shown_classes(num_classes))
 
 
 def shown_classes(num_classes: int) -> list[int]:

@@ -704,3 +704,52 @@ def cut_log(path: Path, step: int) -> None:
             except (ValueError, TypeError, KeyError):
                 continue
         write_text(path, "".join(kept))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling: finished batches wait as files in a folder of parts
+
+
+BATCHES = "[0-9]" * 6 + ".npy"  # names of finished batches
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of the weights that were loaded."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())  # bfloat16, too
+    return digest.hexdigest()
+
+
+def open_parts(parts: Path, key: dict[str, Any]) -> Any:
+    """Make and lock the folder of finished batches; those of another command (`key`) are removed.
+    Returns the lock."""
+    key_path, text = parts / "key.json", json.dumps(key, indent=1)
+    lock = claim_folder(parts)
+    if rank() == 0:
+        known = key_path.is_file() and key_path.read_bytes() == text.encode()
+        done = len(list(parts.glob(BATCHES)))
+        if known and done:
+            say(f"going on: {done} batches are in {parts}")
+        elif not known:
+            if done:
+                say(f"note: {done} batches in {parts} are of another command, and are removed")
+            empty_parts(parts)
+            write_text(key_path, text)
+    wait_for_all()
+    return lock
+
+
+def empty_parts(parts: Path) -> None:
+    """Empty the folder of finished batches of all that is ours."""
+    for path in [*parts.glob(BATCHES + "*"), parts / "key.json"]:
+        path.unlink(missing_ok=True)
+
+
+def remove_parts(parts: Path, lock: Any) -> None:
+    """Remove the folder of finished batches, unless something else is in it."""
+    empty_parts(parts)
+    lock.close()
+    (parts / ".lock").unlink()
+    if not any(parts.iterdir()):
+        parts.rmdir()

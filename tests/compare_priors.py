@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
 import judge  # noqa: E402
 
 import train  # noqa: E402
-from common.data import SHAPES, Pictures  # noqa: E402
+from common.data import Pictures  # noqa: E402
+from common.shapes import SHAPES  # noqa: E402
 from emigm import draw_tokens, sampling_order  # noqa: E402
 from evaluate import frechet_distance, moments, training_step  # noqa: E402
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, not by pytest
 import train  # noqa: E402
-from common.data import SHAPES, ShapesDataset, render_shape, to_tensor  # noqa: E402
 from common.runs import find_checkpoint  # noqa: E402
+from common.shapes import SHAPES, ShapesDataset, render_shape, to_tensor  # noqa: E402
 from encoder import random_mask  # noqa: E402
 
 PICTURES_FOR_TRAINING, STEPS, BATCH = 20_000, 800, 64

@@ -6,8 +6,9 @@ import torch
 from conftest import write_pictures
 from PIL import Image
 
-from common import data
-from common.data import BrokenImage, ShapesDataset, StepSampler, open_dataset
+from common import data, shapes
+from common.data import BrokenImage, StepSampler, open_dataset
+from common.shapes import ShapesDataset
 
 # ------------------------------------------------------------------------------------ Built-in ones
 
@@ -29,7 +30,7 @@ def test_built_in_pictures_repeat_vary_and_are_balanced():
 
 
 def test_built_in_shape_covers_the_middle_and_hue_can_be_chosen():
-    picture = data.render_shape(0, np.random.default_rng(0), 32, hue=1 / 3)
+    picture = shapes.render_shape(0, np.random.default_rng(0), 32, hue=1 / 3)
     middle, corner = np.asarray(picture).astype(int)[[16, 0], [16, 0]]
     assert middle[1] > middle[0] and middle[1] > middle[2]  # green
     assert middle.sum() > corner.sum()
@@ -54,9 +55,9 @@ def test_adm_crop_equals_box_halving_then_bicubic():
 
 def test_uint8_conversion_rounds_and_goes_both_ways():
     values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_uint8(data.from_uint8(values)), values)
-    assert torch.equal(data.from_uint8(values), values.float() / 127.5 - 1)  # bits of all runs
-    assert data.to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
+    assert torch.equal(shapes.to_uint8(shapes.from_uint8(values)), values)
+    assert torch.equal(shapes.from_uint8(values), values.float() / 127.5 - 1)  # bits of all runs
+    assert shapes.to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
 
 
 def test_folder_layouts(tmp_path, capsys):
@@ -144,7 +145,7 @@ def test_a_skipped_picture_has_a_fixed_neighbour_and_after_the_last_comes_the_fi
     with pytest.raises(BrokenImage, match="2.png.*--check-data.*--skip-bad-images"):
         strict[0, 2]
     image, label, reason = lenient[0, 2]
-    assert torch.equal(data.from_uint8(image), dataset[0, 0][0]) and "2.png" in reason
+    assert torch.equal(shapes.from_uint8(image), dataset[0, 0][0]) and "2.png" in reason
     assert lenient[0, 1][2] == ""
 
 

@@ -21,8 +21,9 @@ import evaluate
 import sample
 import train
 from common import measuring, runs, weights
-from common.data import SHAPES, BrokenImage, PictureSet, adm_crop, open_dataset, to_uint8
+from common.data import BrokenImage, PictureSet, adm_crop, open_dataset
 from common.runs import file_sha256
+from common.shapes import SHAPES, to_uint8
 
 CPU = torch.device("cpu")
 PROTOCOL = {"command", "device", "processes", "torch", "numpy", "scipy", "python"}

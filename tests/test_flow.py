@@ -68,7 +68,7 @@ def test_cached_inverse_equals_the_uncached_one():
     u, labels = torch.randn(2, 6, 3), torch.tensor([0, -1])
     x = u.clone()
     for i in range(1, 6):  # recompute the whole sequence for every token
-        mu, alpha = block.predict(x, block.position, block.condition(labels))
+        mu, alpha = block.predict(block.embed(x, block.position, block.condition(labels)))
         x[:, i] = u[:, i] * torch.exp(alpha[:, i - 1]) + mu[:, i - 1]
     torch.testing.assert_close(block.inverse(u, labels), x, atol=1e-5, rtol=1e-5)
 
@@ -81,8 +81,8 @@ def test_guidance_in_the_deep_block_is_the_formula_token_by_token(rule, annealed
     deep, null = flow.blocks[2], torch.tensor([-1, -1])
     x = u.clone()
     for i in range(1, 6):
-        mu_c, a_c = (p[:, i - 1] for p in deep.predict(x, deep.position, deep.condition(labels)))
-        mu_u, a_u = (p[:, i - 1] for p in deep.predict(x, deep.position, deep.condition(null)))
+        embedded = (deep.embed(x, deep.position, deep.condition(y)) for y in (labels, null))
+        (mu_c, a_c), (mu_u, a_u) = ((p[:, i - 1] for p in deep.predict(h)) for h in embedded)
         w_i = w * i / 5 if annealed else w
         if rule == "tarflow":
             mu, sigma = mu_c + w_i * (mu_c - mu_u), torch.exp(a_c + w_i * (a_c - a_u))
@@ -381,13 +381,14 @@ def test_what_overflows_token_by_token_is_not_hidden_by_jacobi():
 def test_a_cache_takes_many_tokens_as_it_takes_one_by_one():
     block, labels = small_flow().blocks[2].double(), torch.tensor([0, -1])
     x, condition = torch.randn(2, 6, 3).double(), block.condition(labels)
-    expected = torch.cat(block.predict(x, block.position, condition), dim=-1)
+    expected = torch.cat(block.predict(block.embed(x, block.position, condition)), dim=-1)
     for parts in ([1] * 6, [6], [2, 3, 1], [1, 5], [5, -3, 3, 1]):  # -3: three tokens once more
         cache, start, found = KeyValueCache(depth=2, num_tokens=6), 0, expected.clone().zero_()
         for T in parts:
             if T > 0:
                 here, cache.length = slice(start, start + T), start
-                outputs = block.predict(x[:, here], block.position[here], condition, cache)
+                h = block.embed(x[:, here], block.position[here], condition)
+                outputs = block.predict(h, cache)
                 found[:, here] = torch.cat(outputs, dim=-1)
             start += T
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from common import runs
-from common.data import SHAPES, from_uint8, read_picture, to_tensor
+from common.data import read_picture
+from common.shapes import SHAPES, from_uint8, to_tensor
 from flow import NormalizingFlow
 
 

@@ -37,6 +37,7 @@ import sample
 import spectral
 import train
 from common import data
+from common import shapes as pictures
 from common.inception import inception_features, load_inception
 from common.weights import RANDOM
 
@@ -561,8 +562,8 @@ def checker(tmp_path_factory) -> Checker:
         run_the_judges(checker, out)
         run_the_measures(checker, out)
         encoder.sincos_positions(3, 4, 84)
-        data.regular_polygon(5, 1.0)
-        data.render_shape(0, np.random.default_rng(0), 20)
+        pictures.regular_polygon(5, 1.0)
+        pictures.render_shape(0, np.random.default_rng(0), 20)
     return checker
 
 

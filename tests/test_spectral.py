@@ -14,7 +14,8 @@ from torch import Tensor
 
 import spectral
 import train
-from common.data import SHAPES, Pictures
+from common.data import Pictures
+from common.shapes import SHAPES
 from flow import NormalizingFlow
 
 VARIANTS = {

@@ -23,8 +23,9 @@ from conftest import (
 
 import losses
 import train
-from common.data import FolderDataset, ShapesDataset, StepSampler
+from common.data import FolderDataset, StepSampler
 from common.runs import InputError, find_checkpoint
+from common.shapes import ShapesDataset
 
 CPU = torch.device("cpu")
 NOTHING = losses.FrozenNetworks(None, {})
@@ -686,7 +687,7 @@ def test_every_field_is_a_flag_and_presets_are_under_them():
     for preset in train.PRESETS.values():
         assert preset.keys() <= {f.name for f in fields(train.Config)}
     config = replace(config, steps=None, epochs=1.5)
-    assert train.resolve(config, ShapesDataset(16)).steps == round(1.5 * 50_000 / 16)
+    assert train.resolve(config)[0].steps == round(1.5 * 50_000 / 16)
 
 
 def command(monkeypatch, *flags: object) -> None:
