@@ -402,7 +402,7 @@ def test_prompts_from_a_checkpoint_to_a_grid_and_what_is_refused(captions, tmp_p
     line = told(ask("--prompt", "a green dog and a cat"), capsys)
     assert line.startswith("error: unknown: dog, and, cat;") and "yellow" in line
     assert "is too long: this model reads 8 words" in told(ask("--prompt", "a " * 9), capsys)
-    assert "no such flag" in told(ask("--classes", "3"), capsys)
+    assert "without such a flag" in told(ask("--classes", "3"), capsys)
     assert "is no file" in told(ask("--prompts", tmp_path), capsys)
     for what in ("probe", "map"):
         flags = evaluate.parse_arguments([what, str(path), "--device", "cpu"])
@@ -423,4 +423,4 @@ def test_what_captions_cannot_go_with_is_refused(captions, tmp_path, capsys):
         sample.main(
             sample.parse_arguments([str(ROOT / "checkpoints/shapes.pt"), "--prompt", "a ring"])
         )
-    assert "no such flag" in capsys.readouterr().err
+    assert "without such a flag" in capsys.readouterr().err
