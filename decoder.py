@@ -93,9 +93,9 @@ class Decoder(nn.Module):
         patches = (self.mask_token + self.position).expand(B, -1, -1)  # (B, N, C)
         latents = self.latent_embed(z) + self.latent_position  # (B, K, C)
         tokens = torch.cat((patches, latents), dim=1)  # (B, N + K, C)
-        scales = [None] * len(self.blocks) if branch_scales is None else branch_scales
-        for block, *how in zip(self.blocks, rotations(self.blocks, self.coordinates), scales):
-            tokens = block(tokens, *how)
+        for i, rotation in enumerate(rotations(self.blocks, self.coordinates)):
+            scale = None if branch_scales is None else branch_scales[i]
+            tokens = self.blocks[i](tokens, rotation, scale)
         return self.unpatchify(self.to_pixels(self.norm(tokens[:, :N])))
 
     def unpatchify(self, patches: Tensor) -> Tensor:

@@ -70,8 +70,7 @@ def grid_coordinates(rows: int, cols: int) -> Tensor:
 
 
 def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
-    """The 2-D sine-cosine table (rows * cols, width) that the learnable absolute positions start
-    from.
+    """The 2-D sine-cosine table (rows * cols, width): where learnable absolute positions start.
 
     Amplitude 1, so that positions are as large as the patch embeddings beside them. Started at
     the usual std 0.02, tokens cannot tell each other apart and training stalls for hundreds of
@@ -93,9 +92,7 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
     Heo et al. 2024).
     """
     if head_dim % 4:
-        raise ValueError(
-            f"head size must be a multiple of 4 for 2-D rotary positions, got {head_dim}"
-        )
+        raise ValueError(f"head size must be a multiple of 4 for rotary positions, got {head_dim}")
     magnitude = ROPE_THETA ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (hd/4,)
     turn = torch.rand(heads, 1) * 2 * math.pi
     angle = torch.cat((turn, turn + math.pi / 2), dim=1)[:, :, None]  # (heads, 2, 1)
@@ -104,16 +101,9 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd) by the angles of cos and sin (heads,
-    T, hd/2)."""
+    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd); cos and sin are (heads, T, hd/2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-
-
-def product_type(x: Tensor) -> Tensor:
-    """x in the type of matrix products: float32 beside them would make all float32 again."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +114,9 @@ def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
     # Written as products: in a matrix product autocast would round angles to bfloat16.
     angle = row * rotary[:, 0, :, None] + col * rotary[:, 1, :, None]  # (depth, heads, T, hd/2)
     turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)
-    return product_type(turns).unbind()
+    if torch.is_autocast_enabled(kind := angle.device.type):  # float32 would make all float32
+        turns = turns.to(torch.get_autocast_dtype(kind))
+    return turns.unbind()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,10 +164,7 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor | None = None,
-        branch_scale: Tensor | None = None,
+        self, x: Tensor, rotation: Tensor | None = None, branch_scale: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). `rotation` as in Attention. `branch_scale` (2, B) multiplies
         the two residual branches, image by image: 0 drops one, 1/(1-p) makes up for it (drop-path,
@@ -241,8 +230,8 @@ class MaskedEncoder(nn.Module):
         patches = patches + self.position
         queries = (self.queries + self.query_position).expand(B, -1, -1)  # (B, K, C)
         tokens = torch.cat((patches, queries), dim=1)  # (B, N + K, C)
-        for block, rotation in zip(self.blocks, rotations(self.blocks, self.coordinates)):
-            tokens = block(tokens, rotation)
+        for i, rotation in enumerate(rotations(self.blocks, self.coordinates)):
+            tokens = self.blocks[i](tokens, rotation)
         return self.norm(tokens[:, N:])  # (B, K, C)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.runs import keep_bfloat16, uses_bf16
 from common.weights import Frozen, State, Weights, find_weights, fixed_seed, load_weights
 from encoder import Block
 
@@ -204,10 +205,26 @@ class Perceptual(Frozen):
         """
         require_side(images, self.MIN_SIDE, "LPIPS")
         dtype = self.lpips.scaling_layer.shift.dtype
-        # lpips runs VGG16 on the two sides in turn. Only the reconstructions have a gradient, so
-        # the images' side keeps nothing for the backward pass; in one joint batch it would.
-        with torch.autocast(images.device.type, enabled=False):
-            return self.lpips(images.to(dtype), reconstructions.to(dtype)).flatten()
+        x, y = images.to(dtype), reconstructions.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if not (torch.is_grad_enabled() and y.requires_grad):
+                return self.distance(x, y)
+            # The gradient at once, while VGG16's activations are there: they need not be kept.
+            leaf = y.detach().requires_grad_()
+            distance = self.distance(x, leaf)
+            (gradient,) = torch.autograd.grad(distance.sum(), leaf)
+        # The last term is zero, and has that gradient.
+        return distance.detach() + ((y - leaf.detach()) * gradient).sum(dim=(1, 2, 3))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of the lpips package, with half of its passes over the features: (B,)."""
+        x, y, total = self.lpips.scaling_layer(x), self.lpips.scaling_layer(y), 0.0
+        for stage, head in zip(self.lpips.net.children(), self.lpips.lins, strict=True):
+            x, y = stage(x), stage(y)  # (B, C, h, w)
+            units = (f * (f.norm(dim=1, keepdim=True) + 1e-10).reciprocal() for f in (x, y))
+            square = F.mse_loss(*units, reduction="none").mean(dim=(2, 3))  # (B, C)
+            total = total + square @ head.model[-1].weight.flatten()
+        return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,4 +443,6 @@ def load_frozen_networks(config: Any, device: torch.device) -> FrozenNetworks:
     for name in c.teachers if c.phase == "joint" and not c.freeze_autoencoder else ():
         weights = [] if name == "hog" else [find_weights(name, getattr(c, name))]
         teachers[name] = TEACHERS[name](*weights, grid=c.grid).to(device)
+        if uses_bf16(device):
+            keep_bfloat16(teachers[name])
     return FrozenNetworks(perceptual, teachers)

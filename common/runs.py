@@ -291,6 +291,14 @@ def uses_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def keep_bfloat16(network: nn.Module) -> None:
+    """Store matrices in the type that autocast gives them at each call: the same bits, half the
+    memory, and no call has to cast them."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.bfloat16()
+
+
 def start_processes(device: torch.device) -> None:
     """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
     if world_size() > 1:
