@@ -426,11 +426,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 # and the painted images; only the loss has a gradient.
 
 
-def paint(
-    model: MIMFlow, frozen: FrozenNetworks, images: Tensor, z: Tensor, draws: Draws
-) -> tuple[Tensor | None, Tensor | float, dict[str, Tensor]]:
+def paint(phase: nn.Module, images: Tensor, z: Tensor, draws: Draws) -> tuple[Any, Any, dict]:
     """D(z) (B, 3, H, W), its L_recon (Eq. 5) of both phases, (B,), and the terms for the log."""
-    c = model.config
+    model, frozen, c = phase.model, phase.frozen, phase.model.config
     if c.freeze_autoencoder:  # the baseline's decoder has nothing to learn
         return None, 0.0, {}
     painted = model.decoder(z, draws.branch_scales)
@@ -474,12 +472,11 @@ class JointTraining(nn.Module):
             return loss, {"loss": loss.detach(), "mu_std": mu_std}, None
         # LPIPS needs 6 GB for a moment: before the flow has made as many. Without it the order is
         # older runs', to the bit: gradients of z add up in it.
-        painting = model, self.frozen, images, z, draws
-        early = paint(*painting) if self.frozen.perceptual is not None else None
+        early = paint(self, images, z, draws) if self.frozen.perceptual is not None else None
         outputs, logdet = model.flow.intermediates(z, labels)  # u is the last output
         nll_square, nll_logdet = losses.flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
         nll = nll_square + nll_logdet
-        painted, recon, logs = early or paint(*painting)
+        painted, recon, logs = early or paint(self, images, z, draws)
         loss = losses.joint_loss(recon, nll, nll_weight)  # Eq. 6
         for name, teacher in self.frozen.teachers.items():
             predicted, target = self.auxiliary[name](z), teacher(images)  # (B, N, C_t) each
@@ -511,7 +508,7 @@ class DecoderTraining(nn.Module):
         c = self.model.config
         with torch.no_grad():
             _, z = self.model.latents(images, draws)  # (B, K, d)
-        painted, loss, logs = paint(self.model, self.frozen, images, z, draws)
+        painted, loss, logs = paint(self, images, z, draws)
         for discriminator in self.opponent:  # one, or none
             # Detached weights: this loss moves the painting, never its judge.
             weights = {name: p.detach() for name, p in discriminator.named_parameters()}

@@ -291,12 +291,25 @@ def uses_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def keep_bfloat16(network: nn.Module) -> None:
+def gradient_at_once(measure: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """measure(x) (B,) of x (B, ...), whose entry b depends on x[b] alone. The gradient is taken
+    here, while the activations are there, so that none are kept for the backward pass."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return measure(x)
+    leaf = x.detach().requires_grad_()
+    value = measure(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    zero = (x - leaf.detach()) * gradient  # and this is its gradient
+    return value.detach() + zero.flatten(1).sum(dim=1)
+
+
+def keep_bfloat16(network: nn.Module) -> nn.Module:
     """Store matrices in the type that autocast gives them at each call: the same bits, half the
     memory, and no call has to cast them."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             module.bfloat16()
+    return network
 
 
 def start_processes(device: torch.device) -> None:

@@ -533,3 +533,14 @@ def test_perceptual_only_measures_and_lets_the_gradient_through(perceptual):
     y.requires_grad_()
     perceptual(x, y).sum().backward()
     assert y.grad.abs().sum() > 0
+
+
+def test_lpips_equals_the_package_with_its_gradient(perceptual):
+    x, y = torch.rand(2, 2, 3, 48, 32) * 2 - 1
+    weight = torch.tensor([2.0, -0.5])  # of the two images in the loss
+    ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
+    distance, expected = perceptual(x, ours), perceptual.lpips(x, theirs).flatten()
+    torch.testing.assert_close(distance, expected, atol=1e-5, rtol=1e-5)
+    (distance * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-3)
