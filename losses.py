@@ -134,10 +134,9 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for width, stride in ((64, 2), (128, 2), (256, 1)):
-            layers += [
-                nn.Conv2d(width, 2 * width, 4, stride, padding=1, bias=False)
-            ]  # BatchNorm has it
-            # Batch statistics: a running mean would change with every look that the decoder takes.
+            # No bias, as BatchNorm has one. Its statistics are of the batch only: a running mean
+            # would change with every look that the decoder takes.
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(2 * width, track_running_stats=False), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
         for layer in self.layers:  # DCGAN's start
@@ -401,10 +400,9 @@ class HOG(Frozen):
         # Orientations and distances between them are in bins; a period of 9 makes opposites one.
         turn = torch.atan2(down, right) / math.pi * self.bins  # (B, 3, S, S)
         center = torch.arange(self.bins, device=x.device).view(-1, 1, 1) + 0.5
-        away = (turn[:, :, None] - center + self.bins / 2) % self.bins - self.bins / 2
-        votes = torch.hypot(right, down)[:, :, None] * (1 - away.abs()).clamp(
-            min=0
-        )  # (B, 3, 9, S, S)
+        half = self.bins / 2
+        away = (turn[:, :, None] - center + half) % self.bins - half  # (B, 3, 9, S, S)
+        votes = torch.hypot(right, down)[:, :, None] * (1 - away.abs()).clamp(min=0)
         cells = F.avg_pool2d(votes.flatten(1, 2), self.cell)  # (B, 27, 2g, 2g)
         cells = F.normalize(cells.unflatten(1, (3, self.bins)), dim=2).flatten(1, 2)
         return F.pixel_unshuffle(cells, 2).flatten(2).transpose(1, 2)  # (B, N, 108)
@@ -414,7 +412,7 @@ TEACHERS = {"dino": DINOv2, "clip": CLIP, "hog": HOG}  # Tab. 5
 
 
 class FrozenNetworks(NamedTuple):
-    """What losses look through: a tuple, so in no optimizer, no checkpoint, no call of train()."""
+    """What losses look through, a tuple, so in no optimizer, no checkpoint, no call of train()."""
 
     perceptual: Perceptual | None  # LPIPS of Eq. 5
     teachers: dict[str, Frozen]  # f_t of Eq. 7

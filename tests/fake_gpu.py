@@ -56,7 +56,7 @@ PARTS |= {"DINOv2": "DINOv2", "CLIP": "CLIP", "PatchDiscriminator": "discriminat
 WAITS = {("sample", 1): 4, ("decoder", 8): 27}  # torch's SyncBatchNorm asks for counts
 NO_KERNEL = {"_unsafe_view", "is_same_size", "empty", "empty_like", "empty_strided", "new_empty"}
 PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors a launch, by number of lists
-SMALL = dict(depth=2, flow_depths=(1, 2), num_latents=16)
+SMALL = dict(depth=1, flow_depths=(1, 1), num_latents=16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,11 +186,8 @@ class Recorder(TorchDispatchMode):
         """What the host waits for here, if it must wait for the GPU."""
         if name in ("_local_scalar_dense", "nonzero") and args[0].is_cuda:
             return "a number"
-        if (
-            name in ("_to_copy", "copy_")
-            and not kwargs.get("non_blocking")
-            and True not in args[2:]
-        ):
+        blocking = not kwargs.get("non_blocking") and not any(a is True for a in args[2:])
+        if name in ("_to_copy", "copy_") and blocking:
             source, target = args[name == "copy_"], kwargs.get("device", args[0].device)
             return "a copy" if torch.device(target).type != source.device.type else None
         return "a mask" if self.by_mask(name, args) and args[0].is_cuda else None
@@ -235,6 +232,7 @@ class Recorder(TorchDispatchMode):
             return
         cast = name == "_to_copy" and read and read[0].is_leaf and read[0].requires_grad
         what = "work of the backward pass" if backward else f"activations: {part}"
+        what = "buckets of DDP, and other set-up" if len(self.steps) == 1 else what
         size = -(-storage.nbytes() // 512) * 512
         gone = weakref.ref(storage, lambda _: self.free(key))
         self.live[key] = (size, "weights in bfloat16" if cast else what, gone)
