@@ -4,6 +4,8 @@ implementation of it, each way in which a weight file can be wrong."""
 import copy
 import hashlib
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lpips
@@ -245,6 +247,20 @@ def test_weights_are_downloaded_once_then_found(cache, monkeypatch):
     assert torch.load(place, weights_only=True)["a"].tolist() == [0, 1, 2]
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # calling it would raise
     assert find_weights("vgg") == place
+
+
+def test_of_two_that_start_together_one_downloads_and_the_other_waits(cache, monkeypatch):
+    real, calls = torch.hub.download_url_to_file, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.5)
+        real(*arguments)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(find_weights, ["vgg", "vgg"]))
+    assert len(calls) == 1 and places == 2 * [cache / "vgg16-397923af.pth"]
 
 
 def test_only_one_process_of_a_machine_shows_a_download_bar(cache, monkeypatch, capsys):
