@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from encoder import TOKEN_STD, Block, grid_coordinates, init_linear, sincos_positions
+from encoder import TOKEN_STD, Block, grid_coordinates, init_linear, rotations, sincos_positions
 
 
 def drop_path_scales(
@@ -93,10 +93,9 @@ class Decoder(nn.Module):
         patches = (self.mask_token + self.position).expand(B, -1, -1)  # (B, N, C)
         latents = self.latent_embed(z) + self.latent_position  # (B, K, C)
         tokens = torch.cat((patches, latents), dim=1)  # (B, N + K, C)
-        for i, block in enumerate(self.blocks):
-            tokens = block(
-                tokens, self.coordinates, None if branch_scales is None else branch_scales[i]
-            )
+        for i, rotation in enumerate(rotations(self.blocks, self.coordinates)):
+            scale = None if branch_scales is None else branch_scales[i]
+            tokens = self.blocks[i](tokens, rotation, scale)
         return self.unpatchify(self.to_pixels(self.norm(tokens[:, :N])))
 
     def unpatchify(self, patches: Tensor) -> Tensor:

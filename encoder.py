@@ -70,8 +70,7 @@ def grid_coordinates(rows: int, cols: int) -> Tensor:
 
 
 def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
-    """The 2-D sine-cosine table (rows * cols, width) that the learnable absolute positions start
-    from.
+    """The 2-D sine-cosine table (rows * cols, width): where learnable absolute positions start.
 
     Amplitude 1, so that positions are as large as the patch embeddings beside them. Started at
     the usual std 0.02, tokens cannot tell each other apart and training stalls for hundreds of
@@ -93,9 +92,7 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
     Heo et al. 2024).
     """
     if head_dim % 4:
-        raise ValueError(
-            f"head size must be a multiple of 4 for 2-D rotary positions, got {head_dim}"
-        )
+        raise ValueError(f"head size must be a multiple of 4 for rotary positions, got {head_dim}")
     magnitude = ROPE_THETA ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (hd/4,)
     turn = torch.rand(heads, 1) * 2 * math.pi
     angle = torch.cat((turn, turn + math.pi / 2), dim=1)[:, :, None]  # (heads, 2, 1)
@@ -103,11 +100,23 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
     return wave.flatten(2)  # (2, heads, hd/2)
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd) by `angle` (heads, T, hd/2)."""
-    cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)  # float32 would make all float32
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd); cos and sin are (heads, T, hd/2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
+    """For each block cos and sin for the queries, then for the keys, of tokens at coordinates
+    (T, 2): (4, heads, T, hd/2). All at once: a block's angles alone keep no GPU busy."""
+    rotary = torch.stack([block.attention.rotary for block in blocks])  # (depth, 2, heads, hd/2)
+    row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
+    # Written as products: in a matrix product autocast would round angles to bfloat16.
+    angle = row * rotary[:, 0, :, None] + col * rotary[:, 1, :, None]  # (depth, heads, T, hd/2)
+    turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)
+    if torch.is_autocast_enabled(kind := angle.device.type):  # float32 would make all float32
+        turns = turns.to(torch.get_autocast_dtype(kind))
+    return turns.unbind()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,17 +135,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rotary = nn.Parameter(mixed_rotary_frequencies(heads, width // heads))
 
-    def forward(self, x: Tensor, coordinates: Tensor | None) -> Tensor:
-        """x (B, T, C), coordinates (T, 2) of the tokens on the patch grid -> (B, T, C). Without
-        coordinates nothing is rotated."""
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), queries and keys turned as one of `rotations` says, or not."""
         B, T, C = x.shape  # batch, tokens, width
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, hd) each
-        if coordinates is not None:
-            # Written as products: in a matrix product autocast would round angles to bfloat16.
-            row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
-            angle = row * self.rotary[0, :, None] + col * self.rotary[1, :, None]
-            q, k = rotate(q, angle), rotate(k, angle)  # angle (heads, T, hd/2)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, hd) each
+        if rotation is not None:
+            q, k = rotate(q, *rotation[:2]), rotate(k, *rotation[2:])
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, hd)
         return self.proj(out.transpose(1, 2).reshape(B, T, C))
 
@@ -159,15 +164,12 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(
-        self,
-        x: Tensor,
-        coordinates: Tensor | None = None,
-        branch_scale: Tensor | None = None,
+        self, x: Tensor, rotation: Tensor | None = None, branch_scale: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `coordinates` as in Attention. `branch_scale` (2, B) multiplies
+        """x (B, T, C) -> (B, T, C). `rotation` as in Attention. `branch_scale` (2, B) multiplies
         the two residual branches, image by image: 0 drops one, 1/(1-p) makes up for it (drop-path,
         of the decoder only); None leaves both alone."""
-        attention = self.attention(self.norm1(x), coordinates)
+        attention = self.attention(self.norm1(x), rotation)
         x = x + (attention if branch_scale is None else branch_scale[0, :, None, None] * attention)
         mlp = self.mlp(self.norm2(x))
         return x + (mlp if branch_scale is None else branch_scale[1, :, None, None] * mlp)
@@ -228,8 +230,8 @@ class MaskedEncoder(nn.Module):
         patches = patches + self.position
         queries = (self.queries + self.query_position).expand(B, -1, -1)  # (B, K, C)
         tokens = torch.cat((patches, queries), dim=1)  # (B, N + K, C)
-        for block in self.blocks:
-            tokens = block(tokens, self.coordinates)
+        for i, rotation in enumerate(rotations(self.blocks, self.coordinates)):
+            tokens = self.blocks[i](tokens, rotation)
         return self.norm(tokens[:, N:])  # (B, K, C)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

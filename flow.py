@@ -94,10 +94,13 @@ class CausalGatedAttention(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
         B, T, hd = *x.shape[:2], self.head_dim  # batch, tokens, channels of a head
-        qkv = self.qkv(x).view(B, T, 3, -1, hd).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, hd)
-        q, k, v = qkv  # (B, heads, T, hd) each
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # once for both linear layers that read x
+            x = x.to(torch.get_autocast_dtype(kind))
+        qkv = self.qkv(x).view(B, T, 3, -1, hd)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, hd) each
         if cache is not None:
-            k, v = cache.append(layer, qkv[1:])  # (B, heads, S, hd) each
+            k, v = cache.append(layer, qkv[:, :, 1:].permute(2, 0, 3, 1, 4))  # (B, heads, S, hd)
 
         S, mask = k.shape[2], None
         if 1 < T < S:  # the last T of S tokens ask; a single one sees all, and needs no mask

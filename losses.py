@@ -20,6 +20,7 @@ one number per image, (B,): averaging first over an image, then over images, mak
 joint batch and many on its parts the same computation.
 """
 
+import functools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import runs
 from common.weights import Frozen, State, Weights, find_weights, fixed_seed, load_weights
 from encoder import Block
 
@@ -132,17 +134,14 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for width, stride in ((64, 2), (128, 2), (256, 1)):
-            # No bias: BatchNorm's own takes its place.
+            # No bias, as BatchNorm has one. Its statistics are of the batch only: a running mean
+            # would change with every look that the decoder takes.
             layers += [nn.Conv2d(width, 2 * width, 4, stride, padding=1, bias=False)]
-            # Batch statistics only: it is never used outside of training, and a running mean would
-            # change with every look that the decoder takes.
             layers += [nn.BatchNorm2d(2 * width, track_running_stats=False), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
         for layer in self.layers:  # DCGAN's start
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> logits (B, 1, H/8 - 2, W/8 - 2), high = real."""
@@ -197,17 +196,22 @@ class Perceptual(Frozen):
         return {name: state["features." + name.split(".", 1)[1]] for name in names}
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,).
-
-        In the dtype of the weights (float32, or the default dtype at construction), also under
-        autocast: LPIPS is small differences of unit vectors, and bfloat16 rounds them away.
-        """
+        """images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,), in the dtype of the weights also
+        under autocast: small differences of unit vectors, which bfloat16 would round away."""
         require_side(images, self.MIN_SIDE, "LPIPS")
-        dtype = self.lpips.scaling_layer.shift.dtype
-        # lpips runs VGG16 on the two sides in turn. Only the reconstructions have a gradient, so
-        # the images' side keeps nothing for the backward pass; in one joint batch it would.
-        with torch.autocast(images.device.type, enabled=False):
-            return self.lpips(images.to(dtype), reconstructions.to(dtype)).flatten()
+        x, y = (i.to(self.lpips.scaling_layer.shift.dtype) for i in (images, reconstructions))
+        with torch.autocast(x.device.type, enabled=False):
+            return runs.gradient_at_once(functools.partial(self.distance, x), y)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of the lpips package, with half of its passes over the features: (B,)."""
+        x, y, total = self.lpips.scaling_layer(x), self.lpips.scaling_layer(y), 0.0
+        for stage, head in zip(self.lpips.net.children(), self.lpips.lins, strict=True):
+            x, y = stage(x), stage(y)  # (B, C, h, w)
+            units = (f * (f.norm(dim=1, keepdim=True) + 1e-10).reciprocal() for f in (x, y))
+            square = F.mse_loss(*units, reduction="none").mean(dim=(2, 3))  # (B, C)
+            total = total + square @ head.model[-1].weight.flatten()
+        return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,8 +227,7 @@ class FrozenViT(Frozen):
           | + positions, [LayerNorm], 12 blocks, LayerNorm
         features (B, N, C)                    the class token left out
 
-    Our Block does it all: without coordinates it rotates nothing, and DINOv2's layer scales are
-    multiplied into the linear layers before them.
+    Our Block does it all, rotating nothing; layer scales go into the linear layers before them.
     """
 
     width, depth, heads = 768, 12, 12  # ViT-B
@@ -394,14 +397,12 @@ class HOG(Frozen):
         x = F.pad(x, (1, 1, 1, 1), mode="replicate")
         right = x[..., 1:-1, 2:] - x[..., 1:-1, :-2]
         down = x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-
         # Orientations and distances between them are in bins; a period of 9 makes opposites one.
         turn = torch.atan2(down, right) / math.pi * self.bins  # (B, 3, S, S)
         center = torch.arange(self.bins, device=x.device).view(-1, 1, 1) + 0.5
         half = self.bins / 2
         away = (turn[:, :, None] - center + half) % self.bins - half  # (B, 3, 9, S, S)
         votes = torch.hypot(right, down)[:, :, None] * (1 - away.abs()).clamp(min=0)
-
         cells = F.avg_pool2d(votes.flatten(1, 2), self.cell)  # (B, 27, 2g, 2g)
         cells = F.normalize(cells.unflatten(1, (3, self.bins)), dim=2).flatten(1, 2)
         return F.pixel_unshuffle(cells, 2).flatten(2).transpose(1, 2)  # (B, N, 108)
@@ -411,8 +412,7 @@ TEACHERS = {"dino": DINOv2, "clip": CLIP, "hog": HOG}  # Tab. 5
 
 
 class FrozenNetworks(NamedTuple):
-    """What a run's losses look through: a plain tuple, so that they are in no optimizer, no
-    checkpoint and no call of train()."""
+    """What losses look through, a tuple, so in no optimizer, no checkpoint, no call of train()."""
 
     perceptual: Perceptual | None  # LPIPS of Eq. 5
     teachers: dict[str, Frozen]  # f_t of Eq. 7
@@ -425,5 +425,6 @@ def load_frozen_networks(config: Any, device: torch.device) -> FrozenNetworks:
         perceptual = Perceptual(find_weights("vgg", c.vgg)).to(device)
     for name in c.teachers if c.phase == "joint" and not c.freeze_autoencoder else ():
         weights = [] if name == "hog" else [find_weights(name, getattr(c, name))]
-        teachers[name] = TEACHERS[name](*weights, grid=c.grid).to(device)
+        teacher = TEACHERS[name](*weights, grid=c.grid).to(device)
+        teachers[name] = runs.keep_bfloat16(teacher) if runs.uses_bf16(device) else teacher
     return FrozenNetworks(perceptual, teachers)

@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -380,10 +379,8 @@ def main(options: Namespace) -> None:
         if output is not None:  # its parts, then the whole
             runs.check_output(output, suffix, [path], 2 * options.num * bytes_a_picture)
     runs.start_processes(device)
-    if in_bfloat16(options, device):  # once, not for every batch: the same bits in half the memory
-        for module in (model.flow or model.emigm).modules():
-            if isinstance(module, nn.Linear):
-                module.bfloat16()
+    if in_bfloat16(options, device):
+        runs.keep_bfloat16(model.flow or model.emigm)
     if options.cuda_graph:
         model.flow.inverse = RecordedInverse(model.flow.inverse)  # MIMFlow.sample calls it
     sample_set(path, model, classes, options)

@@ -435,18 +435,20 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 # and the painted images; only the loss has a gradient.
 
 
-def painting_loss(
-    config: Config, frozen: FrozenNetworks, images: Tensor, painted: Tensor, mask: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_recon (Eq. 5) of both phases, (B,), and its terms for the log."""
+def paint(phase: nn.Module, images: Tensor, z: Tensor, draws: Draws) -> tuple[Any, Any, dict]:
+    """D(z) (B, 3, H, W), its L_recon (Eq. 5) of both phases, (B,), and the terms for the log."""
+    model, frozen, c = phase.model, phase.frozen, phase.model.config
+    if c.freeze_autoencoder:  # the baseline's decoder has nothing to learn
+        return None, 0.0, {}
+    painted = model.decoder(z, draws.branch_scales)
     recon = losses.pixel_loss(images, painted)
     logs = {"mse": recon}  # the plain one, so that runs with other weights compare
-    if config.mim_weight != 1:
-        recon = losses.pixel_loss(images, painted, mask, config.mim_weight)  # App. C.2
+    if c.mim_weight != 1:
+        recon = losses.pixel_loss(images, painted, draws.mask, c.mim_weight)  # App. C.2
     if frozen.perceptual is not None:
         logs["lpips"] = frozen.perceptual(images, painted)
-        recon = losses.reconstruction_loss(recon, logs["lpips"], config.perceptual_weight)
-    return recon, logs
+        recon = losses.reconstruction_loss(recon, logs["lpips"], c.perceptual_weight)
+    return painted, recon, logs
 
 
 class JointTraining(nn.Module):
@@ -476,16 +478,14 @@ class JointTraining(nn.Module):
             slots = visible_slots(c.num_latents, c.emigm_schedule, c.emigm_t_min)
             loss = model.emigm(z, labels, draws.tokens, slots).mean()
             return loss, {"loss": loss.detach(), "mu_std": mu_std}, None
+        # LPIPS needs 6 GB for a moment: before the flow has made as many. Without it the order is
+        # older runs', to the bit: gradients of z add up in it.
+        early = paint(self, images, z, draws) if self.frozen.perceptual is not None else None
         outputs, logdet = model.flow.intermediates(z, labels)  # u is the last output
         nll_square, nll_logdet = losses.flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
         nll = nll_square + nll_logdet
-        if c.freeze_autoencoder:  # the baseline's decoder has nothing to learn
-            painted, logs = None, {}
-            loss = nll_weight * nll
-        else:
-            painted = model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
-            recon, logs = painting_loss(c, self.frozen, images, painted, draws.mask)
-            loss = losses.joint_loss(recon, nll, nll_weight)  # Eq. 6
+        painted, recon, logs = early or paint(self, images, z, draws)
+        loss = losses.joint_loss(recon, nll, nll_weight)  # Eq. 6
         for name, teacher in self.frozen.teachers.items():
             predicted, target = self.auxiliary[name](z), teacher(images)  # (B, N, C_t) each
             logs[f"aux_{name}"] = losses.auxiliary_loss(predicted, target, draws.mask)  # Eq. 7
@@ -515,8 +515,7 @@ class DecoderTraining(nn.Module):
         c = self.model.config
         with torch.no_grad():
             _, z = self.model.latents(images, draws)  # (B, K, d)
-        painted = self.model.decoder(z, draws.branch_scales)  # (B, 3, H, W)
-        loss, logs = painting_loss(c, self.frozen, images, painted, draws.mask)
+        painted, loss, logs = paint(self, images, z, draws)
         for discriminator in self.opponent:  # one, or none
             # Detached weights: this loss moves the painting, never its judge.
             weights = {name: p.detach() for name, p in discriminator.named_parameters()}
@@ -654,9 +653,9 @@ def save(parts: dict[str, Any], step: int, skipped: int) -> None:
     runs.write_checkpoints(config.run_dir, full)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Config]:
+def read_checkpoint(path: str | Path, check: bool = True) -> tuple[dict[str, Any], Config]:
     """The dictionary of a checkpoint and its configuration; one clear line for what is wrong."""
-    checkpoint, config = runs.read_checkpoint(Path(path), Config, RETIRED, CHECKPOINT_FORMAT)
+    checkpoint, config = runs.read_checkpoint(Path(path), Config, RETIRED, CHECKPOINT_FORMAT, check)
     problem, count = unbuildable(config, Path(path).stat().st_size), len(checkpoint["class_names"])
     if not problem and config.num_classes not in (0, count):
         problem = f"{count} class names, but --num-classes {config.num_classes}"
@@ -718,7 +717,7 @@ def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any]
         if (run_dir / "model.pt").exists():
             fail(f"{run_dir} holds a model.pt but no last.pt to go on from: {other} it", 2)
         return None
-    checkpoint, stored = read_checkpoint(found)
+    checkpoint, stored = read_checkpoint(found, check=False)  # find_last has looked
     if checkpoint["config"].get("convnext_mix"):
         fail(f"{found} was trained with --convnext-mix, which is gone: go on with commit f59eff8")
     stored, now = asdict(stored), asdict(config)

@@ -7,6 +7,7 @@ process's, LOCAL_RANK counts on one machine and decides which GPU is.
 """
 
 import argparse
+import contextlib
 import datetime
 import errno
 import functools
@@ -21,7 +22,7 @@ import sys
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
@@ -291,6 +292,27 @@ def uses_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def gradient_at_once(measure: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """measure(x) (B,) of x (B, ...), whose entry b depends on x[b] alone. The gradient is taken
+    here, while the activations are there, so that none are kept for the backward pass."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return measure(x)
+    leaf = x.detach().requires_grad_()
+    value = measure(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    zero = (x - leaf.detach()) * gradient  # and this is its gradient
+    return value.detach() + zero.flatten(1).sum(dim=1)
+
+
+def keep_bfloat16(network: nn.Module) -> nn.Module:
+    """Store matrices in the type that autocast gives them at each call: the same bits, half the
+    memory, and no call has to cast them."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.bfloat16()
+    return network
+
+
 def start_processes(device: torch.device) -> None:
     """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
     if world_size() > 1:
@@ -533,14 +555,17 @@ def damage(path: Path) -> str | None:
 
 
 def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
-    """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong."""
+    """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong. Its
+    checksums are looked at (10 GB take seconds) unless that has just been done: check=False."""
     if path.is_dir():
         fail(f"{path} is a folder: name the checkpoint in it, in a run's folder model.pt")
     if not path.is_file():
         fail(f"checkpoint {path} does not exist, or is not a regular file")
     if check and (reason := damage(path)):
         fail(f"checkpoint {path} is {reason}")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # Beside a GPU all processes look at the file's own pages, and copy to their GPU what they need.
+    on_gpu = torch.cuda.is_available()
+    checkpoint = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True)
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         fail(f"{path} is not a MIMFlow checkpoint (model.pt or last.pt of train.py)")
     return checkpoint
@@ -549,11 +574,13 @@ def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
 HEAD = {"format": int, "step": int, "config": dict, "class_names": list}  # of every checkpoint
 
 
-def read_checkpoint(path: Path, of: type, retired: Iterable[str], newest: int) -> tuple[dict, Any]:
+def read_checkpoint(
+    path: Path, of: type, retired: Iterable[str], newest: int, check: bool
+) -> tuple[dict, Any]:
     """The dictionary of a checkpoint, and its configuration, of the dataclass `of`. Nothing in it
     is trusted: a file may have been edited, or be another program's. retired: fields of older
-    configurations; newest: the last format that can be read."""
-    checkpoint = read_archive(path)
+    configurations; newest: the last format that can be read; check: as in read_archive."""
+    checkpoint = read_archive(path, check)
     for key, kind in {**HEAD, "model": dict}.items():
         if not isinstance(checkpoint.get(key), kind):
             fail(f"{path} is not a MIMFlow checkpoint: its {key} is no {kind.__name__}")
@@ -582,7 +609,8 @@ def mend_shared(run_dir: Path, full: dict[str, Any]) -> None:
     """Write the model.pt of a finished run if it is missing or of another step: a kill or a full
     disk may have come between the two files."""
     path = run_dir / "model.pt"
-    sound = path.is_file() and not damage(path) and read_archive(path).get("step") == full["step"]
+    sound = path.is_file() and not damage(path)
+    sound = sound and read_archive(path, check=False).get("step") == full["step"]
     if rank() == 0 and not sound:
         write_shared(run_dir, full)
 
@@ -644,6 +672,21 @@ def find_checkpoint(path: str | None) -> Path:
 def beside(checkpoint: Path, name: str) -> Path:
     """A file `name` beside a checkpoint; of the one that comes with the code, in this folder."""
     return Path(name) if checkpoint.resolve() == SHIPPED else checkpoint.with_name(name)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of the processes that come here for the same folder one goes on; the others wait for it."""
+    if fcntl is None:
+        yield
+        return
+    stream = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(stream)  # which gives the lock back
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.runs import InputError, file_sha256
+from common.runs import InputError, file_sha256, one_at_a_time
 
 # In place of a file: weights drawn at random, for tests and for measuring cost. They mean nothing.
 # The word has to be written out, so that no missing file can lead to it.
@@ -76,8 +76,7 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
     which is handed on. None means torch.hub's cache: a file there must have the published hash,
     and a missing one is downloaded. Raises WeightsMissing.
 
-    Processes that start together may all download: torch.hub writes under a name of its own and
-    renames, so none of them reads half a file.
+    Of processes that start together one downloads, and the others wait for its file.
     """
     file = WEIGHT_FILES[kind]
     if path == RANDOM:
@@ -90,7 +89,9 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
         try:
             file.place.parent.mkdir(parents=True, exist_ok=True)
             bar = os.environ.get("LOCAL_RANK", "0") == "0"  # one of a machine's processes shows it
-            torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, progress=bar)
+            with one_at_a_time(file.place.parent):
+                if not file.place.exists():
+                    torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, bar)
         except Exception as error:  # a network fails in many ways, and all mean the same here
             reason = " ".join(str(error).split())
             raise WeightsMissing(

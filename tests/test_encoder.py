@@ -6,10 +6,12 @@ from conftest import randomize
 
 from encoder import (
     Attention,
+    Block,
     MaskedEncoder,
     grid_coordinates,
     random_mask,
     rotate,
+    rotations,
     sincos_positions,
 )
 
@@ -66,7 +68,9 @@ def test_features_are_what_the_projection_reads_and_float64_stays():
 
 
 def test_the_outputs_kept_are_those_of_the_queries():
-    encoder = small_encoder(depth=0)  # no layer: a query comes out as it went in
+    encoder = small_encoder()
+    for weight in encoder.blocks.parameters():  # such layers add nothing to what they get
+        torch.nn.init.zeros_(weight)
     expected = encoder.norm(encoder.queries + encoder.query_position).expand(2, -1, -1)
     torch.testing.assert_close(encoder.features(torch.randn(2, 3, 16, 16)), expected)
 
@@ -81,21 +85,32 @@ def test_attention_without_rotation_equals_torch_multihead_attention():
         reference.out_proj.bias.copy_(attention.proj.bias)
     x = torch.randn(2, 7, 16)
     expected, _ = reference(x, x, x)
-    torch.testing.assert_close(attention(x, torch.zeros(7, 2)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(x, None), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_rotated_at_the_origin():
+    block, x = randomize(Block(width=16, heads=4)), torch.randn(2, 7, 16)
+    (still,) = rotations([block], torch.zeros(7, 2))
+    assert torch.equal(block.attention(x, still), block.attention(x, None))
 
 
 def test_rotary_attention_depends_on_relative_positions_only():
-    attention = randomize(Attention(width=16, heads=2)).double()
+    block = randomize(Block(width=16, heads=2)).double()
     x, coordinates = torch.randn(1, 9, 16).double(), grid_coordinates(3, 3).double()
+
+    def attend(where: torch.Tensor) -> torch.Tensor:
+        return block.attention(x, *rotations([block], where))
+
     shifted = coordinates + torch.tensor([5.0, -2.0]).double()
-    torch.testing.assert_close(attention(x, shifted), attention(x, coordinates))
-    assert (attention(x, 2 * coordinates) - attention(x, coordinates)).abs().max() > 1e-4
+    torch.testing.assert_close(attend(shifted), attend(coordinates))
+    assert (attend(2 * coordinates) - attend(coordinates)).abs().max() > 1e-4
 
 
 def test_rotation_turns_channel_pairs_as_complex_numbers():
     x, angle = torch.randn(2, 3, 5, 8).double(), torch.randn(3, 5, 4).double()
     expected = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(rotate(x, angle), torch.cat((expected.real, expected.imag), dim=-1))
+    expected = torch.cat((expected.real, expected.imag), dim=-1)
+    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), expected)
 
 
 def test_query_tokens_are_not_rotated():

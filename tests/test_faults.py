@@ -373,3 +373,11 @@ def test_workers_change_nothing_and_a_dead_one_ends_the_run_with_the_cause(
     message = capsys.readouterr().err
     assert stopped.value.code == 1 and "a data worker ended" in message
     assert message.count("\n") == 1 and time.monotonic() - began < 100  # no hang
+
+
+def test_a_run_that_goes_on_looks_at_the_checksums_once(tiny, monkeypatch):
+    train.main(replace(tiny, steps=4))
+    looked, real = [], runs.damage
+    monkeypatch.setattr(runs, "damage", lambda path: looked.append(path.name) or real(path))
+    train.main(tiny)  # steps may change
+    assert looked == ["last.pt"]

@@ -4,6 +4,8 @@ implementation of it, each way in which a weight file can be wrong."""
 import copy
 import hashlib
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lpips
@@ -245,6 +247,20 @@ def test_weights_are_downloaded_once_then_found(cache, monkeypatch):
     assert torch.load(place, weights_only=True)["a"].tolist() == [0, 1, 2]
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # calling it would raise
     assert find_weights("vgg") == place
+
+
+def test_of_two_that_start_together_one_downloads_and_the_other_waits(cache, monkeypatch):
+    real, calls = torch.hub.download_url_to_file, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.5)
+        real(*arguments)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(find_weights, ["vgg", "vgg"]))
+    assert len(calls) == 1 and places == 2 * [cache / "vgg16-397923af.pth"]
 
 
 def test_only_one_process_of_a_machine_shows_a_download_bar(cache, monkeypatch, capsys):
@@ -533,3 +549,14 @@ def test_perceptual_only_measures_and_lets_the_gradient_through(perceptual):
     y.requires_grad_()
     perceptual(x, y).sum().backward()
     assert y.grad.abs().sum() > 0
+
+
+def test_lpips_equals_the_package_with_its_gradient(perceptual):
+    x, y = torch.rand(2, 2, 3, 48, 32) * 2 - 1
+    weight = torch.tensor([2.0, -0.5])  # of the two images in the loss
+    ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
+    distance, expected = perceptual(x, ours), perceptual.lpips(x, theirs).flatten()
+    torch.testing.assert_close(distance, expected, atol=1e-5, rtol=1e-5)
+    (distance * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-3)
