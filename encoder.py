@@ -114,7 +114,8 @@ def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
     # Written as products: in a matrix product autocast would round angles to bfloat16.
     angle = row * rotary[:, 0, :, None] + col * rotary[:, 1, :, None]  # (depth, heads, T, hd/2)
     turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)
-    if torch.is_autocast_enabled(kind := angle.device.type):  # float32 would make all float32
+    kind = angle.device.type  # float32 turns would make all float32
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         turns = turns.to(torch.get_autocast_dtype(kind))
     return turns.unbind()
 

@@ -22,6 +22,7 @@ protocol: what was measured, and how. Numbers do not depend on --batch-size or o
 processes, but for rounding: picture i has its own random stream, from (seed, i), and batch j is
 process j mod world_size's. Process 0 puts them in order and computes the rest alone: a subcommand
 is a generator that yields once where the others leave, and then its numbers (see `main`).
+
 Pictures are in [0, 255] where Inception looks, and in [-1, 1] where the model does.
 """
 
@@ -29,7 +30,6 @@ import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
 import functools
 import importlib.util
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -54,7 +54,7 @@ import train
 from common import data, runs
 from common.data import Pictures, PictureSet
 from common.inception import FIDInception, inception_features, load_inception
-from common.measuring import Numbers, look, report, seconds
+from common.measuring import Numbers, look, read_log, report, seconds
 from common.runs import describe_file, fail, positive, progress, say, uses_bf16
 from common.shapes import to_uint8
 from common.weights import RANDOM, WeightsMissing, find_weights
@@ -610,18 +610,8 @@ def curves(flags: Namespace) -> Stages:
     from matplotlib.figure import Figure
 
     runs.check_output(out := flags.out or Path("curves.png"), ".png")
-    logs: dict[str, dict[str, np.ndarray]] = {}  # run -> name -> a row (step, values...) a line
-    for path in flags.logs:
-        file, log = path / "log.jsonl" if path.is_dir() else path, {}
-        try:
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            for name in dict.fromkeys(("loss", *itertools.chain(*lines))):
-                rows = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
-                log[name] = np.array(rows, dtype=float).reshape(-1, len(rows[0]))
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            fail(f"{file} is no log of a run ({error!r}): give run folders or log.jsonl files", 2)
-        logs[str(path).replace("$", r"\$")] = log  # $ begins a formula
-    yield
+    logs = {str(path).replace("$", r"\$"): read_log(path) for path in flags.logs}  # $: a formula
+    yield  # the other processes leave
     names = [name for name in dict.fromkeys(itertools.chain(*logs.values())) if name != "step"]
     figure, rows = Figure(figsize=(14, 10), layout="constrained"), math.ceil(len(names) / 4)
     for place, name in enumerate(names, start=1):

@@ -95,7 +95,9 @@ class CausalGatedAttention(nn.Module):
         """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
         B, T, hd = *x.shape[:2], self.head_dim  # batch, tokens, channels of a head
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # once for both linear layers that read x
+        if kind != "meta" and torch.is_autocast_enabled(
+            kind
+        ):  # once for both linear layers that read x
             x = x.to(torch.get_autocast_dtype(kind))
         qkv = self.qkv(x).view(B, T, 3, -1, hd)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, hd) each

@@ -161,7 +161,7 @@ def sample_batch(
 def hide_patches(images: Tensor, mask: Tensor) -> Tensor:
     """images (B, 3, H, W) in [-1, 1] with the hidden patches (True) of mask (B, N) in grey."""
     hidden = mask.unflatten(1, 2 * (math.isqrt(mask.shape[1]),))[:, None].float()  # (B, 1, g, g)
-    return images * (1 - nn.functional.interpolate(hidden, images.shape[2:]))
+    return images * (1 - torch.nn.functional.interpolate(hidden, images.shape[2:]))
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """What is around a number: batches over all processes, the clock, the table and the protocol."""
 
+import itertools
 import json
 import platform
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +90,16 @@ def report(numbers: Numbers, flags: Namespace) -> None:
     if flags.json is not None:
         write_text(flags.json, json.dumps({**numbers, "protocol": protocol}, indent=1))
         say(f"numbers and protocol: {flags.json}")
+
+
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """What a run's log.jsonl (or its folder) holds: name -> a row (step, values ...) a line."""
+    file, log = path / "log.jsonl" if path.is_dir() else path, {}
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for name in dict.fromkeys(("loss", *itertools.chain(*lines))):
+            rows = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
+            log[name] = np.array(rows, dtype=float).reshape(-1, len(rows[0]))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        fail(f"{file} is no log of a run ({error!r}): give run folders or log.jsonl files", 2)
+    return log

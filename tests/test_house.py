@@ -13,11 +13,11 @@ BUDGETS = {  # file -> its most lines, and the files of this level that it may i
     "losses": (430, "encoder"),
     "emigm": (350, "encoder"),
     "train": (930, "encoder flow decoder losses emigm"),
-    "sample": (420, "train emigm"),
+    "sample": (400, "train emigm"),
     "spectral": (450, "train"),
     "evaluate": (900, "train sample losses flow"),
 }
-COMMON_LINES = 1800  # the plan said 1450, before all that hostile input needs
+COMMON_LINES = 2150  # the plan said 1450, before what hostile input, captions and data sets need
 PLUMBING = {"zipfile", "signal", "fcntl", "urllib"}  # of common/ only
 FUNCTION_LINES, LONGER = 80, {"train.main": 130}
 TOP = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
