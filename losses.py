@@ -207,7 +207,7 @@ class Perceptual(Frozen):
         """That of the lpips package, with half of its passes over the features: (B,)."""
         x, y, total = self.lpips.scaling_layer(x), self.lpips.scaling_layer(y), 0.0
         for stage, head in zip(self.lpips.net.children(), self.lpips.lins, strict=True):
-            x, y = stage(x), stage(y)  # (B, C, h, w)
+            x, y = stage(x), stage(y)  # (B, C, rows, cols)
             units = (f * (f.norm(dim=1, keepdim=True) + 1e-10).reciprocal() for f in (x, y))
             square = F.mse_loss(*units, reduction="none").mean(dim=(2, 3))  # (B, C)
             total = total + square @ head.model[-1].weight.flatten()

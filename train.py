@@ -390,7 +390,7 @@ class MIMFlow(nn.Module):
     def sample(
         self, noise: Tensor, labels: Tensor | None, guidance: float = 0, denoise=False, **how: Any
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] from noise u (B, K, d) and labels (B,), -1 = no class.
+        """Pictures (B, 3, H, W) in [-1, 1] from noise u (B, K, d) and labels, -1 = none.
 
         `guidance`, `how` as in NormalizingFlow.inverse or MaskedPrior.sample; `denoise`: TARFlow's.
         """

@@ -293,7 +293,7 @@ def uses_bf16(device: torch.device) -> bool:
 
 
 def gradient_at_once(measure: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """measure(x) (B,) of x (B, ...), whose entry b depends on x[b] alone. The gradient is taken
+    """measure(x), a number for each x[b] that depends on it alone. The gradient is taken
     here, while the activations are there, so that none are kept for the backward pass."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return measure(x)

@@ -37,15 +37,15 @@ import sample
 import spectral
 import train
 from common import data
-from common import shapes as pictures
+from common import shapes as built_in
 from common.inception import inception_features, load_inception
 from common.weights import RANDOM
 
 FILES = {path.stem: path for path in (*ROOT.glob("*.py"), *ROOT.glob("common/[a-z]*.py"))}
 SYMBOLS = (
-    "B C C_t D H K M N N_ R S T V W d g h hd m n p w batch buffer channels classes cols corners "
-    "count depth dimension grid head_dim heads kinds length num_patches num_tokens rows share side "
-    "size width"
+    "B C C_t D H K L M N N_ R S T V W d g h hd m n p w batch buffer channels classes cols corners "
+    "count depth dimension grid head_dim heads kinds length num_patches num_tokens places rows "
+    "share side size width"
 ).split()
 NOT_SHAPES = {
     "(x, y) (x, x_hat) (mu, alpha) (u, logdet) (z, labels) (j, j + hd/2)": "tuples of values",
@@ -65,6 +65,8 @@ STATED_AGAIN = {  # claims that nothing here can see: where they are asserted in
     "data.write_npz (n,)": "in a file; test_sample.py",
     "measuring.look (B, ...)": "in a dictionary with names of its caller; test_evaluate.py",
     "measuring.look (n, ...)": "the same",
+    "data (3, H, W)": "of one picture; common/shapes.py has it of to_tensor",
+    "data (L,)": "of a caption; caption_row has it as (places,)",
     "evaluate (N, 2023)": "sFID's features; common/inception.py has them as (B, 2023)",
     "evaluate (B,)": "labels of a batch; common/data.py has them as (n,)",
 }
@@ -498,6 +500,10 @@ def run_the_model(checker: Checker, out: Path) -> None:
     checker.facts = {**FACTS, "flow.Predictor": dict(B=BATCH)}
     for rule in ("tarflow", "starflow"):
         model.sample(z, labels, 1.0, rule=rule)
+    checker.facts = {**FACTS, "flow": dict(C=39, hd=13, L=4), "flow.Predictor": dict(B=BATCH)}
+    rows = torch.stack([built_in.caption_row("A b, c", {"b": 0, "c": 2}, 4)] * BATCH)
+    reader = randomize(train.MIMFlow(replace(config, caption_words=4)))
+    reader.sample(reader.flow(z, rows)[0], rows, 1.0)
     checker.facts = FACTS
     keep, z = torch.arange(BATCH) != 1, z.double()
     jacobian = spectral.Jacobian(model.double().flow, z, labels)
@@ -562,8 +568,8 @@ def checker(tmp_path_factory) -> Checker:
         run_the_judges(checker, out)
         run_the_measures(checker, out)
         encoder.sincos_positions(3, 4, 84)
-        pictures.regular_polygon(5, 1.0)
-        pictures.render_shape(0, np.random.default_rng(0), 20)
+        built_in.regular_polygon(5, 1.0)
+        built_in.render_shape(0, np.random.default_rng(0), 20)
     return checker
 
 
