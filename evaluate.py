@@ -654,7 +654,7 @@ def count_multiply_adds(work: Callable[[], Any]) -> int:
 
 
 def some_labels(c: Config, count: int) -> Tensor:
-    """The classes in turn (count,), or words of captions (count, L)."""
+    """Labels of `count` pictures: the classes in turn, or captions."""
     labels = torch.arange(count) % max(c.num_classes, 1)
     return labels[:, None].expand(-1, c.caption_words) if c.caption_words else labels
 

@@ -212,7 +212,7 @@ class AutoregressiveBlock(nn.Module):
         return x.flip(-2) if self.backward else x
 
     def condition(self, labels: Tensor) -> Tensor | float:
-        """Class embedding (B, 1, C) of labels (B,); -1 is the null class, the MEAN of all classes'
+        """Class embedding (B, 1, C) of labels; -1 is the null class, the MEAN of all classes'
         embeddings, as in TARFlow: a label dropped in training trains them all, a little."""
         if self.class_embed is None or self.place is not None:
             return 0.0
@@ -222,8 +222,8 @@ class AutoregressiveBlock(nn.Module):
         return torch.where(labels[:, None] >= 0, rows, null)[:, None]
 
     def prefix(self, labels: Tensor) -> Tensor:
-        """What the block reads of captions (B, L) before the tokens: (B, L, C). -1 is no word.
-        Nothing is masked: an empty place says that no word is there, as in STARFlow."""
+        """Captions, labels (B, L) -> (B, L, C), what the block reads before the tokens. -1 is no
+        word. Nothing is masked: an empty place says that no word is there, as in STARFlow."""
         words = self.class_embed[labels.clamp(min=0)]  # (B, L, C)
         return self.place + torch.where(labels[..., None] >= 0, words, 0.0)
 
@@ -241,7 +241,7 @@ class AutoregressiveBlock(nn.Module):
         return mu, alpha
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, K, d), labels (B,) or captions (B, L) -> u (B, K, d) and logdet (B,) in nats."""
+        """x (B, K, d), labels (numbers or captions) -> u (B, K, d) and logdet (B,) in nats."""
         x = self.order(at_least_float32(x))
         h = self.embed(x, self.order(self.position), self.condition(labels))  # (B, K, C)
         if self.place is not None:
@@ -305,7 +305,7 @@ class Predictor:
         self.cache = KeyValueCache(len(block.layers), self.before + K)
 
     def from_caption(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and alpha, (B, 1, d) each, of token 0, from the places (B, L, C), read only once."""
+        """mu and alpha, (B, 1, d) each, of token 0, from what is before it, read only once."""
         mu, alpha = self.block.predict(prefix, self.cache)
         return self.guide(mu[:, -1:], alpha[:, -1:], self.progress[:1])
 
@@ -314,12 +314,12 @@ class Predictor:
         one later, start+1 .. start+T. The tokens before `start` have been read by earlier calls."""
         # What those calls have read from `start` on were guesses of jacobi, and is overwritten.
         self.cache.length, end = self.before + start, start + x.shape[1]
-        both = x.repeat(2, 1, 1) if self.guided else x  # (2B, T, d)
+        both = x.repeat(2, 1, 1) if self.guided else x  # the halves of one batch
         h = self.block.embed(both, self.position[start:end], self.condition)
         return self.guide(*self.block.predict(h, self.cache), self.progress[start + 1 : end + 1])
 
     def guide(self, mu: Tensor, alpha: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, d) each from predictions with and without the condition, (2B, T, d), if guided."""
+        """mu and alpha, (B, T, d) each, from those with and without the condition, if guided."""
         if not self.guided:
             return mu, alpha
         (mu, mu_null), (alpha, alpha_null) = mu.chunk(2), alpha.chunk(2)
@@ -397,7 +397,7 @@ class NormalizingFlow(nn.Module):
             self.blocks.append(AutoregressiveBlock(i, *sizes, *block))
 
     def _labels(self, z: Tensor, labels: Tensor | None) -> Tensor:
-        """Labels as int64 (B,), or (B, L), on z's device; None = unconditional = all -1."""
+        """Labels as int64, a number or L words a picture, on z's device; None = all -1."""
         shape = (len(z), self.caption_words) if self.caption_words else (len(z),)
         if labels is None:
             return torch.full(shape, -1, dtype=torch.int64, device=z.device)
@@ -418,7 +418,8 @@ class NormalizingFlow(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """u = F(z) (B, K, d) and log abs det dF/dz (B,) in nats per image.
 
-        z (B, K, d); labels int64 (B,), or words (B, L), -1 = none; None = all unconditional.
+        z (B, K, d); labels int64 (B,), or with captions a row of L words each; -1 = none, None =
+        all unconditional.
         """
         outputs, logdet = self.intermediates(z, labels)
         return outputs[-1], logdet

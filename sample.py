@@ -141,7 +141,7 @@ def sample_batch(
     c, device = model.config, model.decoder.coordinates.device
     # Drawn on the CPU, one generator a sample: the same picture on any device, in any batch.
     noise = sample_noise(options.seed, indices, c.num_latents, c.latent_dim).to(device)
-    labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # or (B, L)
+    labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
     if model.flow is not None:
         how |= dict(annealed=not options.constant_guidance, rule=options.guidance_rule)
         how |= dict(sampler=options.sampler, tolerance=options.tolerance)

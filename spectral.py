@@ -254,8 +254,8 @@ def singular_extremes(
 
     flow: a NormalizingFlow, one of its blocks, or any map (z, labels) -> (u, logdet) that treats
     images independently; its weights must have z's type, float64 for full accuracy. z (B, K, d);
-    labels int64 (B,) or (B, L), -1 or None = unconditional. What misses the tolerance has converged
-    False. Raises ValueError for unusable arguments and for a flow that is not finite.
+    labels int64 (B,), or a row each, -1 or None = unconditional. What misses the tolerance has
+    converged False. Raises ValueError for unusable arguments and for a flow that is not finite.
     """
     if z.ndim != 3 or not z.is_floating_point() or not len(z):
         raise ValueError(f"z must be a floating-point (B, K, d), got {z.dtype} {tuple(z.shape)}")

@@ -4,7 +4,7 @@ A dataset has `class_names`, `labels` (n,) and `__len__`, and gives (image, labe
 and for `dataset[epoch, i]`, the training picture, which may be augmented. Images are float32
 (3, H, W) in [-1, 1], labels int, -1 = none. A picture that cannot be read raises BrokenImage.
 With captions (`caption_words` L > 0) `class_names` are the words that are known, and a label, which
-is `dataset.row(i)` as well, is the caption: (L,) numbers of words, then -1 for nothing.
+is `dataset.row(i)` as well, is the caption: L numbers of words, after the last one -1 for nothing.
 """
 
 import itertools
@@ -442,7 +442,7 @@ class Pictures(Dataset):
     def __getitem__(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
         numbers = self.numbers[indices.start : indices.stop]
         images, labels = zip(*(self.dataset[int(n)] for n in numbers), strict=True)
-        labels = torch.stack([torch.as_tensor(label) for label in labels])  # (n,) or (n, L)
+        labels = torch.stack([torch.as_tensor(label) for label in labels])
         return torch.stack(images), labels, torch.from_numpy(numbers)
 
     def describe(self) -> dict[str, Any]:
@@ -637,7 +637,7 @@ def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
 
 
 def shown_labels(dataset: Dataset, num_classes: int) -> Tensor:
-    """The rows of a grid in training: of classes (R,), or of the first eight captions (R, L)."""
+    """The rows of a grid in training: classes, or the first eight captions."""
     if getattr(dataset, "places", 0):
         return torch.stack([dataset.row(index) for index in range(min(8, len(dataset)))])
     return torch.tensor(shown_classes(num_classes))

@@ -149,7 +149,7 @@ def split_words(text: str) -> list[str]:
 
 
 def caption_row(text: str, known: dict[str, int], places: int) -> Tensor:
-    """Numbers of the words of a caption that are known, (places,) at most, then -1 for nothing."""
+    """Numbers of the words of a caption that are known, at most `places`; -1 for nothing."""
     found = [known[word] for word in split_words(text) if word in known][:places]
     return torch.tensor(found + [-1] * (places - len(found)))
 
@@ -178,7 +178,7 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")  # number k has hue
 SIZES = {"small": (0.24, 0.30), "large": (0.38, 0.44)}  # radius, in sides
 LEFT_OUT = 0.25  # how often a training caption does not name the size, the colour, the ground
 NAMES = (list(SHAPES), COLOURS, COLOURS, list(SIZES))  # of shape, colour, ground, size
-# (shape, colour) in training: one colour of each shape never comes, so that one can ask for it.
+# Shape and colour in training: one colour of each shape never comes, so that one can ask for it.
 PAIRS = [(s, c) for s in range(len(SHAPES)) for c in range(6) if (s + c) % 6]
 
 
@@ -190,7 +190,7 @@ def describe(shape: str, colour: str = "", ground: str = "", size: str = "", way
 
 
 def render_described(values: tuple[int, ...], rng: np.random.Generator, side: int) -> Image.Image:
-    """A picture (side x side, RGB) of these numbers in SHAPES, COLOURS (shape, ground), SIZES."""
+    """A picture (side x side, RGB) of four numbers, each in one of NAMES."""
     hue, ground_hue = (np.array(values[1:3]) / len(COLOURS) + rng.uniform(-0.04, 0.04, 2)) % 1
     return render_shape(values[0], rng, side, hue, ground_hue, list(SIZES.values())[values[3]])
 

@@ -43,7 +43,7 @@ from common.weights import RANDOM
 
 FILES = {path.stem: path for path in (*ROOT.glob("*.py"), *ROOT.glob("common/[a-z]*.py"))}
 SYMBOLS = (
-    "B C C_t D H K M N N_ R S T V W d g h hd m n p w batch buffer channels classes cols corners "
+    "B C C_t D H K L M N N_ R S T V W d g h hd m n p w batch buffer channels classes cols corners "
     "count depth dimension grid head_dim heads kinds length num_patches num_tokens rows share side "
     "size width"
 ).split()
@@ -498,6 +498,11 @@ def run_the_model(checker: Checker, out: Path) -> None:
     checker.facts = {**FACTS, "flow.Predictor": dict(B=BATCH)}
     for rule in ("tarflow", "starflow"):
         model.sample(z, labels, 1.0, rule=rule)
+    # A block that reads captions.
+    checker.facts = {**FACTS, "flow": {**FACTS["flow"], "L": 7}}
+    block = flow.NormalizingFlow(5, 6, 39, (2,), 13, num_classes=10, caption_words=7).blocks[0]
+    rows = torch.randint(-1, 10, (BATCH, 7))
+    block.inverse(block(z, rows)[0], rows)
     checker.facts = FACTS
     keep, z = torch.arange(BATCH) != 1, z.double()
     jacobian = spectral.Jacobian(model.double().flow, z, labels)
