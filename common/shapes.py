@@ -149,7 +149,7 @@ def split_words(text: str) -> list[str]:
 
 
 def caption_row(text: str, known: dict[str, int], places: int) -> Tensor:
-    """Numbers of the words of a caption that are known, (places,) at most, then -1 for nothing."""
+    """Numbers of the words of a caption that are known, at most `places`; -1 for nothing."""
     found = [known[word] for word in split_words(text) if word in known][:places]
     return torch.tensor(found + [-1] * (places - len(found)))
 
