@@ -186,7 +186,6 @@ class AutoregressiveBlock(nn.Module):
         num_classes: int,
         gated: bool,
         scale: str,
-        null_row: bool,
         caption_words: int,
     ):
         super().__init__()
@@ -196,8 +195,7 @@ class AutoregressiveBlock(nn.Module):
         self.proj_in = nn.Linear(latent_dim, width)
         # Row k belongs to token k, wherever the order of the block puts it.
         self.position = nn.Parameter(EMBED_STD * torch.randn(num_latents, width))
-        self.null_row = null_row  # the last row is the null class's own
-        classes = EMBED_STD * torch.randn(num_classes + (null_row and num_classes > 0), width)
+        classes = EMBED_STD * torch.randn(num_classes, width)
         self.class_embed = nn.Parameter(classes) if num_classes else None
         # Of a block that reads captions: L places in front of the tokens. Its classes are words.
         places = EMBED_STD * torch.randn(caption_words, width) if caption_words else None
@@ -216,8 +214,6 @@ class AutoregressiveBlock(nn.Module):
         embeddings, as in TARFlow: a label dropped in training trains them all, a little."""
         if self.class_embed is None or self.place is not None:
             return 0.0
-        if self.null_row:
-            return self.class_embed[labels][:, None]  # -1 is the last
         null, rows = self.class_embed.mean(dim=0), self.class_embed[labels.clamp(min=0)]
         return torch.where(labels[:, None] >= 0, rows, null)[:, None]
 
@@ -381,7 +377,6 @@ class NormalizingFlow(nn.Module):
         gated: bool = True,  # gated attention; False = STARFlow baseline
         scale: str = "exp",  # "exp", or "softplus" = STARFlow baseline
         caption_words: int = 0,  # L, words of a caption; 0 = labels. num_classes = words there are
-        null_row: bool = False,  # the null class has a row of its own, as in STARFlow
     ):
         super().__init__()
         if scale not in ("exp", "softplus"):
@@ -393,7 +388,7 @@ class NormalizingFlow(nn.Module):
         for i, depth in enumerate(depths):
             # Words are for the deep block only: in STARFlow's trials that cost nothing.
             known = num_classes if not caption_words or i == len(depths) - 1 else 0
-            block = (depth, head_dim, known, gated, scale, null_row, caption_words if known else 0)
+            block = (depth, head_dim, known, gated, scale, caption_words if known else 0)
             self.blocks.append(AutoregressiveBlock(i, *sizes, *block))
 
     def _labels(self, z: Tensor, labels: Tensor | None) -> Tensor:

@@ -99,7 +99,6 @@ class Config:
     flow_head_dim: int = option(64, "size of an attention head of the flow", POSITIVE)
     gated: bool = option(True, "gated attention (Tab. 1)")
     scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=("exp", "softplus"))
-    null_row: bool = option(False, "a row of its own for the null class, as STARFlow; or the mean")
     # The second prior (emigm.py), in place of the flow, on the latents of a frozen autoencoder
     prior: str = option("flow", "or emigm, without density", choices=("flow", "emigm"))
     emigm_width: int = option(1024, "channels of its Transformer", POSITIVE)
@@ -157,8 +156,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        name = self.preset if self.phase == "joint" else f"{self.preset}-decoder"
-        return Path(self.out if self.out is not None else f"runs/{name}")
+        return Path(self.out or f"runs/{self.preset}{'-decoder' * (self.phase == 'decoder')}")
 
 
 LAPTOP = "shapes"  # the preset of plain `python train.py`; Config() alone is the paper's run
@@ -192,9 +190,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "starflow-l": dict(FROZEN, gated=False, scale="softplus"),  # STARFlow's own form
     "emigm-l": dict(FROZEN, prior="emigm", guidance=3.0),
 }
-# More to tell apart than ten classes with their hues: longer latents, at a lower price.
-CAPTIONS = dict(caption_words=8, latent_dim=16, nll_weight=0.005, steps=6000, guidance=2.0)
-PRESETS["captions"] = PRESETS[LAPTOP] | CAPTIONS
+PRESETS["captions"] = PRESETS[LAPTOP] | dict(  # more to tell apart: longer latents, cheaper
+    caption_words=8, latent_dim=16, nll_weight=0.005, steps=6000, guidance=2.0)
 
 # What --prior emigm changes in a preset.
 EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
@@ -369,7 +366,7 @@ class MIMFlow(nn.Module):
         vit = dict(image_size=c.image_size, patch_size=c.patch_size, width=c.width, depth=c.depth)
         vit |= dict(heads=c.heads, num_latents=c.num_latents, latent_dim=c.latent_dim)
         flow = dict(depths=c.flow_depths, head_dim=c.flow_head_dim, gated=c.gated, scale=c.scale)
-        flow |= dict(num_classes=c.num_classes, caption_words=c.caption_words, null_row=c.null_row)
+        flow |= dict(num_classes=c.num_classes, caption_words=c.caption_words)
         self.encoder = MaskedEncoder(**vit)
         self.flow = self.emigm = None
         if c.prior == "flow":
@@ -433,8 +430,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 #
 # Each is a module whose forward is one training step up to the scalar loss: one thing to compile
 # and one to wrap in DistributedDataParallel, whose gradient averaging is tied to a forward call.
-# They return the loss, what log.jsonl holds (scalars, and a tensor with a number for each block),
-# and the painted images; only the loss has a gradient.
+# They return the loss, what log.jsonl holds, the painted images; only the loss has a gradient.
 
 
 def paint(phase: nn.Module, images: Tensor, z: Tensor, draws: Draws) -> tuple[Any, Any, dict]:
@@ -575,10 +571,9 @@ def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Mo
     return module
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(c: Config, step: int) -> float:
     """Constant (Tab. 7) between a linear warm-up and a linear decay to 0, both off in the paper."""
-    decay_steps = config.lr_decay * config.steps
-    return config.lr * ramp(step + 1, config.lr_warmup) * ramp(config.steps - step, decay_steps)
+    return c.lr * ramp(step + 1, c.lr_warmup) * ramp(c.steps - step, c.lr_decay * c.steps)
 
 
 def accumulate_gradients(

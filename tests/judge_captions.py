@@ -4,11 +4,11 @@
 
 A small CNN with four heads, shape, colour, ground and size, trained here on fresh pictures of ALL
 60 pairs of shape and colour with independent attributes, as they are and blurred, as samples of so
-small a model are: else it would judge sharpness. It must exceed 98 % in each on real pictures. Then, of each checkpoint: how many samples show what full captions ask for, of the 50
-pairs seen in training and of the 10 held out; colours exchanged; the colours of "a star"; how
-often the density of a latent tells its true caption from 20 that are wrong in one attribute; and
-the bits a latent number with the caption, of the mixture over all 600 trained captions, and of the
-empty one.
+small a model are: else it would judge sharpness. It must exceed 98 % in each on real pictures.
+Then, of each checkpoint: how many samples show what full captions ask for, of the 50 pairs seen in
+training and of the 10 held out; colours exchanged; the colours of "a star"; how often the density
+of a latent tells its true caption from 20 that are wrong in one attribute; and the bits a latent
+number with the caption, of the mixture over all 600 trained captions, and of the empty one.
 """
 
 import argparse

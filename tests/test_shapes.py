@@ -66,7 +66,6 @@ STATED_AGAIN = {  # claims that nothing here can see: where they are asserted in
     "measuring.look (B, ...)": "in a dictionary with names of its caller; test_evaluate.py",
     "measuring.look (n, ...)": "the same",
     "data (3, H, W)": "of one picture; common/shapes.py has it of to_tensor",
-    "data (L,)": "of a caption; caption_row has it as (places,)",
     "evaluate (N, 2023)": "sFID's features; common/inception.py has them as (B, 2023)",
     "evaluate (B,)": "labels of a batch; common/data.py has them as (n,)",
 }
