@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -408,6 +409,9 @@ def main() -> int:
     flags = parser.parse_args()
     if not torch.backends.cuda.is_built() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         print(f"skipped: torch {torch.__version__} cannot pretend to have a GPU")
+        return 77
+    if shutil.which("g++") is None:
+        print("skipped: there is no g++ to compile what pretends to be a GPU")
         return 77
     failed = 0
     for work in flags.work:
