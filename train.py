@@ -197,7 +197,7 @@ PRESETS["captions"] = PRESETS[LAPTOP] | dict(  # more to tell apart: longer late
 EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
     emigm_width=96, emigm_heads=4, emigm_depths=(2, 3), emigm_buffer=4, emigm_head=(96, 3),
     # K is small: exp would hide all tokens in half of the pictures, and never show many.
-    emigm_schedule="cosine", emigm_t_min=0.0, emigm_steps=8, emigm_interval=(0.0, 1.0),
+    emigm_schedule="cosine", emigm_t_min=0.0, emigm_steps=8, emigm_interval=(0.0, 1.0), lr=5e-4,
 ))
 
 # What --phase decoder changes in a preset (Tab. 7, right column).

@@ -670,8 +670,9 @@ def find_checkpoint(path: str | None) -> Path:
 
 
 def beside(checkpoint: Path, name: str) -> Path:
-    """A file `name` beside a checkpoint; of the one that comes with the code, in this folder."""
-    return Path(name) if checkpoint.resolve() == SHIPPED else checkpoint.with_name(name)
+    """A file `name` beside a checkpoint; of those that come with the code, in this folder."""
+    shipped = checkpoint.resolve().parent == SHIPPED.parent
+    return Path(name) if shipped else checkpoint.with_name(name)
 
 
 @contextlib.contextmanager

@@ -92,9 +92,13 @@ def test_links_lead_to_a_file_and_to_a_heading_of_it():
     assert len(found) >= 10
 
 
-def test_the_checkpoint_that_comes_with_the_code_is_the_one_that_readme_names():
-    assert runs.SHIPPED.stat().st_size < 3_000_000
-    assert runs.file_sha256(runs.SHIPPED) in README
-    model = train.load_checkpoint(runs.SHIPPED)
-    assert model.config.preset == "shapes" and model.step == 3000 and len(model.class_names) == 10
+@pytest.mark.parametrize("name", ["shapes", "emigm", "captions"])
+def test_a_checkpoint_that_comes_with_the_code_is_the_one_that_readme_names(name):
+    path = runs.SHIPPED.with_name(f"{name}.pt")
+    assert path.stat().st_size < 3_000_000 and runs.file_sha256(path) in README
+    model = train.load_checkpoint(path)
+    c = train.preset_config("captions" if name == "captions" else "shapes")
+    found = (model.config.preset, model.config.prior, model.step, model.config.caption_words)
+    assert found == (c.preset, "emigm" if name == "emigm" else "flow", c.steps, c.caption_words)
+    assert len(model.class_names) == (21 if name == "captions" else 10)
     assert all(p.dtype == torch.float32 for p in model.parameters())
