@@ -172,18 +172,21 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
-def plot(rows: dict[str, tuple[int, float]], path: Path) -> None:
-    """Class-correct share against sequential calls of a network for one batch."""
+def plot(rows: dict[str, tuple[int, float, float]], path: Path) -> None:
+    """Right classes and FD z against sequential calls of a network for one batch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, (calls, share) in rows.items():
-        axes.scatter(calls, share, c="tab:orange" if name.startswith("C") else "tab:blue")
-        axes.annotate(name, (calls, share), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.25, y=0.1)
-    axes.set(xscale="log", xlabel="sequential calls for a batch", ylabel="class-correct, %")
-    figure.savefig(path, dpi=130)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for place, label in enumerate(("class-correct at w = 0, %", "FD z, less is better"), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for name, values in rows.items():
+            axes.scatter(values[0], values[place], c="C1" if name.startswith("C") else "C0")
+            short = name.replace("emigm, ", "").partition(", the")[0]
+            where = dict(xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(short, (values[0], values[place]), **where)
+        axes.margins(x=0.2, y=0.1)
+        axes.set(xscale="log", xlabel="sequential calls for a batch", ylabel=label)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -191,7 +194,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "runs/shapes/model.pt")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/priors")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", default=["0.001", "0.002", "0.004"], help="tried")
+    parser.add_argument(
+        "--lr", nargs="+", default=["0.0005", "0.001", "0.002", "0.004"], help="tried"
+    )
     parser.add_argument("--num", type=int, default=5000, help="samples a number, 250 at a time")
     parser.add_argument("--times", action="store_true", help="print seconds only, of seed 0")
     options = parser.parse_args()
@@ -229,7 +234,8 @@ def main() -> None:
         found = [compare.of(model, **how) for model in several]
         cells = [spread([one[key] for one in found]) for key in NUMBERS]
         print(f"| {name} | {calls} | {' | '.join(cells)} |", flush=True)
-        plotted[name] = (calls, float(np.mean([one["correct_0"] for one in found])))
+        means = (float(np.mean([one[key] for one in found])) for key in ("correct_0", "fd_z"))
+        plotted[name] = (calls, *means)
     for visible in (4, 8, 12):
         values = [compare.loss(model, visible) for model in models["C"]]
         print(f"loss of C, {visible} of 16 visible: {spread(values)}")
