@@ -333,8 +333,8 @@ def jacobi(
 
     A sweep puts a guess of x into the right-hand side of x_i = u_i * exp(alpha_i) + mu_i for all
     tokens of a window. A token is solved when no token before it has just changed by more than
-    `tolerance`, in any picture of the batch; the window then begins after it. That
-    is one token a sweep at least, so K - 1 sweeps always suffice; `watch` is told each sweep's.
+    `tolerance`, in any picture of the batch; the window then begins after it. That is one token a
+    sweep at least, so K - 1 sweeps always suffice; `watch` is told each sweep's.
     Tolerance 0 is exact, but rounding alone can keep numbers changing; otherwise errors of about
     `tolerance` enter, and mostly far fewer sweeps are needed. That paper: fixed segments; here: a
     window that moves on with what is solved, because it needs no bound on the sweeps and repeats no
