@@ -16,12 +16,12 @@
 
 Phase 1 trains everything on L_joint + lambda_t * L_aux, summed over teachers; phase 2 the decoder
 alone on L_ft, against the discriminator; the weights lambda come from train.Config. Every loss is
-one number per image, (B,): averaging first over an image, then over images, makes one process on a
-joint batch and many on its parts the same computation.
+one number per image, (B,): so one process on a batch and many on its parts compute the same.
 """
 
 import functools
 import math
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import runs
-from common.weights import Frozen, State, Weights, find_weights, fixed_seed, load_weights
+from common.weights import Frozen, Scripted, State, Weights, find_weights, fixed_seed, load_weights
 from encoder import Block
 
 
@@ -192,8 +192,7 @@ class Perceptual(Frozen):
 
     def convert(self, state: State) -> State:
         """torchvision's features.I.weight as lpips' sliceS.I.weight, without the classifier."""
-        names = self.lpips.net.state_dict()
-        return {name: state["features." + name.split(".", 1)[1]] for name in names}
+        return {n: state["features." + n.split(".", 1)[1]] for n in self.lpips.net.state_dict()}
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,), in the dtype of the weights also
@@ -221,13 +220,11 @@ class Perceptual(Frozen):
 class FrozenViT(Frozen):
     """A published ViT-B put together from our own Blocks, read for its patch tokens.
 
-        image (B, 3, H, W) in [-1, 1]
-          | normalised, resized bicubically to `patch_size` * `grid` pixels a side
-        tokens (B, 1 + N, C)                  N = grid^2, the class token in front
-          | + positions, [LayerNorm], 12 blocks, LayerNorm
-        features (B, N, C)                    the class token left out
-
-    Our Block does it all, rotating nothing; layer scales go into the linear layers before them.
+    image (B, 3, H, W) in [-1, 1]
+      | normalised, resized bicubically to `patch_size` * `grid` pixels a side
+    tokens (B, 1 + N, C)                  N = grid^2, the class token in front
+      | + positions, [LayerNorm], 12 blocks, LayerNorm
+    features (B, N, C)                    the class token left out
     """
 
     width, depth, heads = 768, 12, 12  # ViT-B
@@ -338,8 +335,7 @@ class CLIP(FrozenViT):
     """
 
     patch_size, trained_grid, norm_eps = 16, 14, 1e-5
-    MEAN = (0.48145466, 0.4578275, 0.40821073)
-    STD = (0.26862954, 0.26130258, 0.27577711)
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     NAMES = {  # OpenAI's -> ours
         "conv1": "patch_embed",
         "class_embedding": "cls_token",
@@ -424,7 +420,11 @@ def load_frozen_networks(config: Any, device: torch.device) -> FrozenNetworks:
     if c.perceptual_weight and not c.freeze_autoencoder:
         perceptual = Perceptual(find_weights("vgg", c.vgg)).to(device)
     for name in c.teachers if c.phase == "joint" and not c.freeze_autoencoder else ():
-        weights = [] if name == "hog" else [find_weights(name, getattr(c, name))]
-        teacher = TEACHERS[name](*weights, grid=c.grid).to(device)
+        if name in TEACHERS:
+            weights = [] if name == "hog" else [find_weights(name, getattr(c, name))]
+            teacher = TEACHERS[name](*weights, grid=c.grid).to(device)
+        else:  # a file, under a name that a module may have
+            teacher = Scripted(name, c.grid, c.image_size).to(device)
+            name = "file_" + re.sub(r"\W", "_", name)
         teachers[name] = runs.keep_bfloat16(teacher) if runs.uses_bf16(device) else teacher
     return FrozenNetworks(perceptual, teachers)

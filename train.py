@@ -118,7 +118,7 @@ class Config:
     label_drop: float = option(0.1, "probability to train a label as unconditional", SHARE)
     mim_weight: float = option(1.0, "weight of pixels in masked patches (App. C.2)")
     perceptual_weight: float = option(1.1, "weight of LPIPS in Eq. 5; 0 = none")
-    teachers: tuple[str, ...] = option(("dino", "clip"), "of Eq. 7; empty = none", nargs="*")
+    teachers: tuple[str, ...] = option(("dino", "clip"), "Eq. 7; also TorchScript files", nargs="*")
     teacher_weight: float = option(1.0, "weight of each teacher's loss in phase 1 (Eq. 7)")
     aux_width: int = option(1024, "channels of the auxiliary decoders", POSITIVE)
     gan_weight: float = option(0.05, "weight of L_GAN in phase 2 (Eq. 8); 0 = no discriminator")
@@ -239,8 +239,9 @@ def check_config(config: Config) -> None:
     """End with exit code 2 on what cannot work, before anything is loaded or written."""
     c = config
     problem = unbuildable(c)
-    if odd := [x for x in c.teachers if x not in TEACHERS or c.teachers.count(x) > 1]:
-        problem = f"--teachers {odd[-1]}: choose each of {', '.join(TEACHERS)} once at most"
+    known = {*TEACHERS, *(x for x in c.teachers if Path(x).is_file())}
+    if odd := [x for x in c.teachers if x not in known or c.teachers.count(x) > 1]:
+        problem = f"--teachers {odd[-1]}: choose each of {', '.join(TEACHERS)}, FILE once at most"
     if c.prior == "emigm" and not c.freeze_autoencoder:
         # Its loss rewards z that is easy to predict, and no logdet pays for shrinking z: collapse.
         problem = "--prior emigm needs --freeze-autoencoder (and --init): it trains no encoder"

@@ -146,3 +146,31 @@ class Frozen(nn.Module):
 
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)
+
+
+class Scripted(Frozen):
+    """A network of the user's own, a TorchScript file: images (B, 3, H, W) in [-1, 1] -> features
+    (B, N, C) of N = grid * grid patches, row by row. Raises InputError for anything else."""
+
+    def __init__(self, path: str, grid: int, side: int):
+        super().__init__()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, and has no heir yet:
+                # a program of torch.export is bound to a device and to one mode.
+                self.network = torch.jit.load(path, map_location="cpu")
+            self.freeze()
+            found = tuple(self(torch.zeros(2, 3, side, side)).shape)
+        except Exception as error:  # no TorchScript, or it fails in its own ways
+            reason = " ".join(str(error).split())[-200:]
+            raise InputError(f"{path} is no TorchScript that takes pictures: {reason}") from error
+        if len(found) != 3 or found[:2] != (2, grid**2):
+            wanted = f"({', '.join(map(str, (2, grid**2)))}, channels)"
+            raise InputError(f"{path} gives {found} for 2 pictures of {side} pixels, not {wanted}")
+        self.width = found[2]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> features (B, N, C), without gradient."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.float())

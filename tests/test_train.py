@@ -660,6 +660,7 @@ BAD_FLAGS = {  # more are in test_hostile.py
     "--preset mimflow-l --batch-size 8": "used without --data",
     "--freeze-autoencoder": "add --init",
     "--teachers hog hog": "once at most",
+    "--teachers hog no.pt": "no.pt: choose each of dino, clip, hog, FILE",
 }
 
 
@@ -676,6 +677,56 @@ def test_a_missing_weight_file_is_one_line(tiny):
     with pytest.raises(InputError, match="no.pth.*dinov2_vitb14_pretrain.pth") as missing:
         train.main(replace(tiny, teachers=("dino",), dino="no.pth"))
     assert "\n" not in str(missing.value) and not tiny.run_dir.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_teacher_of_ones_own_is_a_torchscript_file(tiny, tmp_path):
+    """HOG, traced into a file, teaches what HOG teaches; each file has decoders of its own."""
+    hog = losses.HOG(tiny.grid)
+    example = torch.zeros(2, 3, tiny.image_size, tiny.image_size)
+    (tmp_path / "a.b").mkdir()
+    files = [str(tmp_path / name) for name in ("train.pt", "a.b/train.pt")]
+    for file in files:
+        torch.jit.trace(hog, example).save(file)
+    logs = []
+    for teachers in (("hog", files[0]), files):
+        config = replace(tiny, teachers=tuple(teachers), aux_width=8)
+        frozen = losses.load_frozen_networks(config, CPU)
+        training = train.JointTraining(train.MIMFlow(config), frozen)
+        images, labels = batch_of(config, 4)
+        for one in frozen.teachers.values():
+            torch.testing.assert_close(one(images), hog(images), atol=1e-5, rtol=1e-4)
+            assert one.width == 108
+        draws = train.draw_randomness(config, 0, CPU).rows(0, 4)
+        logs.append(training(images, labels, draws, 0.3)[1])
+        assert len([name for name in logs[-1] if name.startswith("aux_")]) == 2
+    train.main(replace(tiny, teachers=(files[1],), aux_width=8, steps=2))
+    assert "aux_file" in (tiny.run_dir / "log.jsonl").read_text()
+
+
+class OwnTeacher(torch.nn.Module):
+    """Features (B, N + more, 5), or with as many more: an error of its own."""
+
+    def __init__(self, more: int):
+        super().__init__()
+        self.more = more
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 16 + self.more, 5).view(len(images), -1, 5 + self.more // 9)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize(
+    "more, complaint",
+    {1: r"gives \(2, 17, 5\) .* not \(2, 16, channels\)", 9: "no TorchScript"}.items(),
+)
+def test_a_teacher_that_does_not_fit_is_one_line(more, complaint, tiny, tmp_path):
+    file = tmp_path / "own.pt"
+    torch.jit.script(OwnTeacher(more)).save(str(file))
+    for path, said in {file: complaint, __file__: "no TorchScript"}.items():
+        with pytest.raises(InputError, match=said) as refused:
+            train.main(replace(tiny, teachers=(str(path),)))
+        assert "\n" not in str(refused.value) and not tiny.run_dir.exists()
 
 
 def test_every_field_is_a_flag_and_presets_are_under_them():
