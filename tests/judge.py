@@ -43,15 +43,15 @@ def recoloured(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack([to_tensor(picture) for picture in pictures]), labels
 
 
-def train_classifier(size: int) -> nn.Module:
+def train_classifier(size: int, seed: int = 1) -> nn.Module:
     """A three-layer CNN with global average pooling, trained for a minute or two on a CPU."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         layers += [nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    images, labels = recoloured(PICTURES_FOR_TRAINING, size, seed=77)
+    images, labels = recoloured(PICTURES_FOR_TRAINING, size, seed=77 * seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
     for _ in range(STEPS):

@@ -1,0 +1,268 @@
+"""Where the paper's claim begins: masked training against unmasked, row by row (Tab. 5, Tab. 8).
+
+    python tests/claims.py                   # trains and judges what is missing; hours on two cores
+    python tests/claims.py --only "flow 32"  # the rows whose names hold one of these words
+    python tests/claims.py --table           # the table of what is there; trains nothing
+
+Not collected by pytest. The paper hides 40-60 % of the patches and says that a flow of given size
+then models the latents better, so that samples get better. Every row of GRID is a setting of the
+built-in pictures, every arm of it a share of hidden patches; they share steps, data, sizes and
+seeds. One process a core trains (runs/claims/ROW/ARM-sSEED, continued if it was interrupted) and
+judges by tests/judge.py: FD of samples (guidance 0), rFD of reconstructions, gap = FD - rFD, the
+share of samples of the right class; beside it the NLL of validation latents with their class (nats
+a latent number, without log(2 pi) / 2) and linear probes of the latents, pooled and flat.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.utils import save_image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
+import judge  # noqa: E402
+
+import train  # noqa: E402
+from evaluate import train_probes  # noqa: E402
+
+PICTURES = 2000  # judged in each run
+MASKS = {"none": "0 0", "20-40 %": "0.2 0.4", "40-60 %": "0.4 0.6", "60-80 %": "0.6 0.8"}
+
+
+# The paper's proportions in small: 12 x 12 patches, small beside what they show; a latent of 512
+# numbers, K = 32 and d = 16, more than the flow can model: only so is there something to gain.
+SETTING = (
+    "--image-size 36 --patch-size 3 --num-latents 32 --latent-dim 16 "
+    "--steps 2000 --mask-warmup 500 --nll-warmup 500"
+)
+FLOWS = {  # Transformer layers x width
+    "2 x 16": "--flow-width 16 --flow-head-dim 16 --flow-depths 1 1",
+    "2 x 32": "--flow-width 32 --flow-head-dim 16 --flow-depths 1 1",
+    "4 x 48": "--flow-width 48 --flow-head-dim 16 --flow-depths 1 1 1 1",
+    "6 x 96": "--flow-width 96 --flow-head-dim 24 --flow-depths 1 1 1 3",
+}
+
+
+class Row(NamedTuple):
+    """A setting; its arms are the shares of hidden patches."""
+
+    name: str
+    flags: str
+    arms: tuple[str, ...] = ("none", "20-40 %", "40-60 %")
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+GRID = [Row(f"flow {name}", flags) for name, flags in FLOWS.items()]
+
+
+class Run(NamedTuple):
+    """One training and its folder."""
+
+    row: Row
+    arm: str
+    seed: int
+    folder: Path
+
+    @property
+    def command(self) -> list[str]:
+        flags = f"{SETTING} {self.row.flags} --mask-ratio {MASKS[self.arm]} --seed {self.seed}"
+        return [*flags.split(), "--out", str(self.folder)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A teacher for Eq. 7 that needs no download
+
+
+class Teacher(nn.Module):
+    """The trunk of a CNN that tells recoloured shapes apart: another one than the judge."""
+
+    def __init__(self, size: int, grid: int):
+        super().__init__()
+        self.trunk = judge.train_classifier(size, seed=2)[:11]  # up to the third ReLU
+        self.grid = grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> features (B, grid * grid, 128)."""
+        features = self.trunk(images)  # (B, 128, H/4, W/4)
+        features = F.interpolate(features, (self.grid, self.grid), mode="bilinear")
+        return features.flatten(2).transpose(1, 2)
+
+
+def teacher_file(folder: Path, size: int, grid: int) -> Path:
+    path = folder / f"teacher-{size}-{grid}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.jit.trace(Teacher(size, grid).eval(), torch.zeros(2, 3, size, size)).save(str(path))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# One run: trained and judged
+
+
+def train_and_judge(run: Run) -> None:
+    """Do what is missing, each in a process of its own."""
+    where, python = run.folder, [sys.executable, "-u"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    if (where / "judged.json").exists():
+        return
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{where}.txt", "a") as log:
+        how = dict(check=True, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        subprocess.run([*python, str(ROOT / "train.py"), *run.command], **how)
+        subprocess.run([*python, __file__, "--judge", str(where)], **how)
+    print(f"{where} done", flush=True)
+
+
+def the_judge(folder: Path, size: int) -> judge.Judge:
+    path = folder / f"judge-{size}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.Judge(size), path)
+    return torch.load(path, weights_only=False)  # our own file
+
+
+@torch.no_grad()
+def probes(model: train.MIMFlow) -> dict[str, float]:
+    """Linear probes of the latents mu (B, K, d) of whole pictures: their mean, and all of them."""
+    sets = []
+    for split, count in (("train", 4000), ("val", PICTURES)):
+        pictures = judge.Pictures(None, model.config.image_size, split)
+        parts = (pictures[range(i, i + 250)] for i in range(0, count, 250))
+        mu, labels = zip(*((model.encoder(part[0]), part[1]) for part in parts), strict=True)
+        x = torch.cat(mu)  # (count, K, d)
+        sets.append(({"pooled": x.mean(dim=1), "flat": x.flatten(1)}, torch.cat(labels)))
+    with torch.enable_grad():
+        return train_probes(*sets, 90, 0, torch.device("cpu"))
+
+
+@torch.no_grad()
+def judge_run(folder: Path) -> None:
+    """Write judged.json: all numbers of one run."""
+    torch.set_num_threads(1)
+    model = train.load_checkpoint(folder / "model.pt")
+    found = the_judge(folder.parent, model.config.image_size).of(model, PICTURES)
+    _, z, labels = judge.real_latents(model, PICTURES)
+    log_p = judge.in_batches(lambda z, y: model.flow.log_prob(z, y), z, labels)
+    nll = -log_p.mean().item() / z[0].numel() - 0.5 * float(np.log(2 * np.pi))
+    found |= {"nll": nll, "gap": found["fd_0"] - found["fd_r"], **probes(model)}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found |= {
+        "mu_std": lines[-1]["mu_std"],
+        "ms": float(np.median([x["ms_per_step"] for x in lines])),
+    }
+    (folder / "judged.json").write_text(json.dumps(found, indent=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+COLUMNS = {  # heading -> key of judged.json
+    "rFD": "fd_r", "FD": "fd_0", "gap": "gap", "right, %": "right_0", "MSE": "mse", "NLL": "nll",
+    "probe pooled / flat": "pooled",
+}  # fmt: skip
+SHOWN = "flow 2 x 32"  # the row whose samples are shown
+
+
+def cell(values: list[float]) -> str:
+    """Mean and, of several seeds, their standard deviation."""
+    mean = f"{np.mean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1g}"
+
+
+def collect(row: Row, arm: str, folder: Path) -> dict[str, list[float]]:
+    """key of judged.json -> its values over the seeds that are there."""
+    files = (run_folder(folder, row, arm, seed) / "judged.json" for seed in row.seeds)
+    found = [json.loads(path.read_text()) for path in files if path.exists()]
+    return {key: [one[key] for one in found] for key in (found[0] if found else ())}
+
+
+def print_table(rows: list[Row], folder: Path) -> None:
+    print(f"| setting | hidden | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (3 + len(COLUMNS))}|")
+    for row in rows:
+        for arm in row.arms:
+            if not (found := collect(row, arm, folder)):
+                continue
+            cells = [cell(found[key]) for key in COLUMNS.values()]
+            cells[-1] += f" / {cell(found['flat'])}"
+            print(f"| {row.name} | {arm} | {len(found['nll'])} | {' | '.join(cells)} |")
+
+
+def plot(folder: Path, path: Path) -> None:
+    """FD, rFD and right classes against the size of the flow, with and without masks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = [row for row in GRID if row.name.startswith("flow ")]
+    for color, arm in enumerate(rows[0].arms):
+        for axes, key, style in ((left, "fd_0", "-"), (left, "fd_r", ":"), (right, "right_0", "-")):
+            found = {row.name[5:]: collect(row, arm, folder).get(key) for row in rows}
+            found = {name: values for name, values in found.items() if values}
+            means = [np.mean(values) for values in found.values()]
+            errors = [np.std(values, ddof=len(values) > 1) for values in found.values()]
+            label = f"{arm} hidden" + (": reconstructions" if key == "fd_r" else "")
+            how = dict(label=label, color=f"C{color}", linestyle=style, marker=".", capsize=3)
+            axes.errorbar(list(found), means, errors, **how)
+    left.set(ylabel="Frechet distance", xlabel="flow: layers x width")
+    right.set(ylabel="samples of the right class, %", xlabel="flow: layers x width")
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def samples_side_by_side(row: Row, folder: Path, path: Path) -> None:
+    """The same noise through the models of a row, seed 0: ten classes down, six samples an arm."""
+    blocks = []
+    for arm in row.arms:
+        model = train.load_checkpoint(run_folder(folder, row, arm, 0) / "model.pt")
+        noise = train.sample_noise(0, range(60), model.config.num_latents, model.config.latent_dim)
+        images = model.sample(noise, torch.arange(10).repeat_interleave(6))  # (60, 3, H, W)
+        grid = images.unflatten(0, (10, 6)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        blocks += [grid, torch.ones(*grid.shape[:2], 8)]  # (3, 10 H, 6 W), and white between
+    save_image(torch.cat(blocks[:-1], dim=2) * 0.5 + 0.5, path)
+
+
+def run_folder(folder: Path, row: Row, arm: str, seed: int) -> Path:
+    return folder / f"{row.name}-{arm}-s{seed}".replace(" %", "").replace(" ", "_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/claims")
+    parser.add_argument("--only", nargs="+", default=[""], help="words in the names of rows")
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)  # what a run calls itself
+    options = parser.parse_args()
+    if options.judge:
+        return judge_run(options.judge)
+    rows = [row for row in GRID if any(word in row.name for word in options.only)]
+    runs = [
+        Run(row, arm, seed, run_folder(options.folder, row, arm, seed))
+        for row in rows
+        for arm in row.arms
+        for seed in row.seeds
+    ]
+    if not options.table:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(train_and_judge, runs))
+    print_table(rows, options.folder)
+    if options.table:
+        plot(options.folder, ROOT / "docs/claims.png")
+        row = next(row for row in GRID if row.name == SHOWN)
+        samples_side_by_side(row, options.folder, ROOT / "docs/claims-samples.png")
+
+
+if __name__ == "__main__":
+    main()
