@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
@@ -119,20 +118,17 @@ def number(kind: type, low: float, high: float, words: str) -> Callable[[str], A
     """A type for argparse: an int or float from `low` to `high`, which `words` describe."""
 
     def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+        value = kind(text)
         if not low <= value <= high:  # a nan is not, either
             raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
 
+    convert.__name__ = kind.__name__  # in argparse's line about what is no number
     return convert
 
 
 MANY = 2**31 - 1  # more pictures, pixels or steps than anything here can hold
 positive = number(int, 1, MANY, "positive and below 2^31")
-not_negative = number(int, 0, MANY, "not negative and below 2^31")
 seed_number = number(int, 0, 2**63 - 1, "not negative and below 2^63")
 weight = number(float, 0, sys.float_info.max, "not negative, and finite")
 
@@ -156,31 +152,27 @@ def option(default: Any, help: str, within: tuple = NATURAL, **argparse_options:
     return field(default=default, metadata={"help": help, "within": within, **argparse_options})
 
 
-def kinds(f: Field) -> tuple[type, ...]:
-    """The types of one value of a field: of "int | None" and of "tuple[int, ...]" that is int."""
-    return tuple(k for k in get_args(f.type) or (f.type,) if k not in (types.NoneType, Ellipsis))
+def kind_of(f: Field) -> type:
+    """The type of one value of a field: of "int | None" and of "tuple[int, ...]" that is int."""
+    return (get_args(f.type) or (f.type,))[0]
 
 
 def out_of_range(config: Any) -> str | None:
     """What is wrong with the types and numbers of a dataclass of options, None if nothing."""
     for f in fields(config):
-        value, (low, high) = getattr(config, f.name), f.metadata["within"]
-        choices, allowed = f.metadata.get("choices"), set(kinds(f))
+        value, kind, (low, high) = getattr(config, f.name), kind_of(f), f.metadata["within"]
         if value is None and type(None) in get_args(f.type):
             continue
-        if int in allowed:
-            low, high = -(-low // 1), MANY if high == NATURAL[1] else high
-        several = get_origin(f.type) is tuple
-        if several != isinstance(value, tuple):
+        values = value if get_origin(f.type) is tuple else (value,)
+        known = {kind, int} if kind is float else {kind}  # 90 is as good as 90.0
+        fits = isinstance(values, tuple) and known.issuperset(map(type, values))
+        if not fits or not set(values).issubset(f.metadata.get("choices", values)):
             return f"{flag(f.name)} cannot be {value!r:.50}"
-        for one in value if several else [value]:
-            if float in allowed and type(one) is int:
-                one = float(one) if abs(one) < NATURAL[1] else math.inf
-            if type(one) not in allowed or (choices and one not in choices):
-                return f"{flag(f.name)} cannot be {value!r:.50}"
-            if allowed & {int, float} and not low <= one <= high:
-                positive = "positive, " if low > 0 else ""
-                return f"{flag(f.name)} must be {positive}from {low:g} to {high:g}, got {value}"
+        if kind is int:
+            low, high = math.ceil(low), MANY if high == NATURAL[1] else high
+        if kind in (int, float) and not all(low <= x <= high for x in values):
+            positive = "positive, " if low > 0 else ""
+            return f"{flag(f.name)} must be {positive}from {low:g} to {high:g}, got {value}"
     return None
 
 
@@ -197,11 +189,10 @@ def add_field_flags(
         values = [values[f.name] for values in shows]
         if any(value is not None for value in values):
             settings["help"] += f" [{'; '.join(shown(v) or 'none' for v in values)}]"
-        if bool in kinds(f):
+        if (kind := kind_of(f)) is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = kinds(f)[0]
-            settings |= {} if str in kinds(f) else {"metavar": "N"}
+            settings |= {"type": kind} if kind is str else {"type": kind, "metavar": "N"}
         add(flag(f.name), default=argparse.SUPPRESS, **settings)
 
 
@@ -242,14 +233,9 @@ def say(message: str) -> None:
         print("note: standard output is full, nothing more is printed there", file=sys.stderr)
 
 
-def watched() -> bool:
-    """Whether somebody sees this process's progress bars: rank 0 on a terminal."""
-    return rank() == 0 and sys.stderr.isatty()
-
-
 def progress(work: Iterable | None, description: str, **settings: Any) -> tqdm:
-    """A bar on rank 0, if somebody is watching."""
-    return tqdm(work, desc=description, disable=not watched(), **settings)
+    """A bar on rank 0, if somebody is watching (disable=None: only on a terminal)."""
+    return tqdm(work, desc=description, disable=True if rank() else None, **settings)
 
 
 def select_device(name: str | None) -> torch.device:
@@ -315,21 +301,19 @@ def keep_bfloat16(network: nn.Module) -> nn.Module:
 
 def start_processes(device: torch.device) -> None:
     """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
-    if world_size() > 1:
-        # torchrun keeps one store over its restarts (--max-restarts). Under a name for each try,
-        # new processes do not meet the addresses of dead ones.
-        try:
-            store, this, count = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
-        except ValueError as error:
-            fail(
-                f"WORLD_SIZE is set but not by torchrun ({error}): start with torchrun, or unset it"
-            )
-        store = dist.PrefixStore(f"try{restarts()}", store)
-        # gloo as well: what processes agree on in CPU memory (StopSignal) waits for no GPU.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=this, world_size=count, timeout=GROUP_TIMEOUT
-        )
+    if world_size() == 1:
+        return
+    try:
+        store, this, count = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    except ValueError as error:
+        fail(f"WORLD_SIZE is set, not by torchrun ({error}): start with torchrun, or unset it")
+    # torchrun keeps one store over its restarts (--max-restarts). Under a name for each try, new
+    # processes do not meet the addresses of dead ones.
+    store = dist.PrefixStore(f"try{restarts()}", store)
+    # gloo as well: what processes agree on in CPU memory (StopSignal) waits for no GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    how = dict(store=store, rank=this, world_size=count, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, **how)
 
 
 def stop_processes() -> None:
@@ -353,13 +337,18 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process has as `value`, by rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def require_same_step(step: int) -> None:
     """End if the processes, each of which has read last.pt by itself, found different steps."""
-    if dist.is_initialized():
-        steps = [None] * world_size()
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            fail(f"processes found last.pt at steps {sorted(set(steps))}: share the run folder")
+    if len(steps := sorted(set(of_all_processes(step)))) > 1:
+        fail(f"processes found last.pt at steps {steps}: share the run folder")
 
 
 class SkippedSteps:
@@ -448,10 +437,9 @@ def check_output(path: Path, suffix: str, inputs: Iterable[Path] = (), room: flo
         fail(f"{path} is not a regular file: name another", 2)
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         fail(f"{path} cannot be written: no permission", 2)
-    for other in inputs:
-        same = path.exists() and other.exists() and path.samefile(other)
-        picture = suffix == ".png" and path.exists() and other.resolve() in path.resolve().parents
-        if same or picture or path.resolve() == other.resolve():
+    for other in inputs if path.exists() else []:
+        of_it = suffix == ".png" and other.resolve() in path.resolve().parents
+        if of_it or (other.exists() and path.samefile(other)):
             fail(f"{path} is also {other}, which would be lost: name another file", 2)
     if room > (free := shutil.disk_usage(folder).free):
         fail(f"{path} needs {room / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free", 2)
@@ -554,15 +542,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
-    """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong. Its
-    checksums are looked at (10 GB take seconds) unless that has just been done: check=False."""
-    if path.is_dir():
-        fail(f"{path} is a folder: name the checkpoint in it, in a run's folder model.pt")
+def require_sound(path: Path) -> None:
+    """End with one clear line unless `path` is a whole checkpoint file: 10 GB take seconds."""
     if not path.is_file():
-        fail(f"checkpoint {path} does not exist, or is not a regular file")
-    if check and (reason := damage(path)):
+        fail(f"checkpoint {path} does not exist, or is no regular file; a run's is its model.pt")
+    if reason := damage(path):
         fail(f"checkpoint {path} is {reason}")
+
+
+def read_archive(path: Path) -> dict[str, Any]:
+    """The dictionary in a sound checkpoint file, on the CPU."""
     # Beside a GPU all processes look at the file's own pages, and copy to their GPU what they need.
     on_gpu = torch.cuda.is_available()
     checkpoint = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True)
@@ -574,13 +563,11 @@ def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
 HEAD = {"format": int, "step": int, "config": dict, "class_names": list}  # of every checkpoint
 
 
-def read_checkpoint(
-    path: Path, of: type, retired: Iterable[str], newest: int, check: bool
-) -> tuple[dict, Any]:
-    """The dictionary of a checkpoint, and its configuration, of the dataclass `of`. Nothing in it
-    is trusted: a file may have been edited, or be another program's. retired: fields of older
-    configurations; newest: the last format that can be read; check: as in read_archive."""
-    checkpoint = read_archive(path, check)
+def read_checkpoint(path: Path, of: type, retired: Iterable[str], newest: int) -> tuple[dict, Any]:
+    """The dictionary of a sound checkpoint, and its configuration, of the dataclass `of`. Nothing
+    in it is trusted: a file may have been edited, or be another program's. retired: fields of older
+    configurations; newest: the last format that can be read."""
+    checkpoint = read_archive(path)
     for key, kind in {**HEAD, "model": dict}.items():
         if not isinstance(checkpoint.get(key), kind):
             fail(f"{path} is not a MIMFlow checkpoint: its {key} is no {kind.__name__}")
@@ -610,7 +597,7 @@ def mend_shared(run_dir: Path, full: dict[str, Any]) -> None:
     disk may have come between the two files."""
     path = run_dir / "model.pt"
     sound = path.is_file() and not damage(path)
-    sound = sound and read_archive(path, check=False).get("step") == full["step"]
+    sound = sound and read_archive(path).get("step") == full["step"]
     if rank() == 0 and not sound:
         write_shared(run_dir, full)
 
@@ -719,14 +706,10 @@ def require_own_folder(run_dir: Path, key: str) -> None:
     """Refuse a folder without checkpoints whose config.json or log.jsonl is not of a run: `key` is
     in the configuration of every run."""
     config, log = run_dir / "config.json", run_dir / "log.jsonl"
-    if any((run_dir / name).exists() for name in ("last.pt", "previous.pt")):
-        return
-    if (config.exists() or log.exists()) and not (
-        config.is_file() and f'"{key}"' in config.read_text(errors="replace")
-    ):
-        fail(
-            f"{run_dir} holds a {config.name} or {log.name} of something else: use another --out", 2
-        )
+    ours = config.is_file() and f'"{key}"' in config.read_text(errors="replace")
+    ours = ours or any((run_dir / name).exists() for name in ("last.pt", "previous.pt"))
+    if not ours and (config.exists() or log.exists()):
+        fail(f"{run_dir} holds a config.json or log.jsonl of something else: use another --out", 2)
 
 
 def start_over(run_dir: Path) -> None:
@@ -742,11 +725,9 @@ def cut_log(path: Path, step: int) -> None:
     if path.is_file():
         kept = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step and line.endswith("\n"):
                     kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue
         write_text(path, "".join(kept))
 
 
@@ -772,12 +753,11 @@ def open_parts(parts: Path, key: dict[str, Any]) -> Any:
     lock = claim_folder(parts)
     if rank() == 0:
         known = key_path.is_file() and key_path.read_bytes() == text.encode()
-        done = len(list(parts.glob(BATCHES)))
-        if known and done:
+        if (done := len(list(parts.glob(BATCHES)))) and known:
             say(f"going on: {done} batches are in {parts}")
-        elif not known:
-            if done:
-                say(f"note: {done} batches in {parts} are of another command, and are removed")
+        elif done:
+            say(f"note: {done} batches in {parts} are of another command, and are removed")
+        if not known:
             empty_parts(parts)
             write_text(key_path, text)
     wait_for_all()
