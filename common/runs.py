@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
@@ -660,21 +660,6 @@ def beside(checkpoint: Path, name: str) -> Path:
     """A file `name` beside a checkpoint; of those that come with the code, in this folder."""
     shipped = checkpoint.resolve().parent == SHIPPED.parent
     return Path(name) if shipped else checkpoint.with_name(name)
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of the processes that come here for the same folder one goes on; the others wait for it."""
-    if fcntl is None:
-        yield
-        return
-    stream = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(stream)  # which gives the lock back
 
 
 # --------------------------------------------------------------------------------------------------

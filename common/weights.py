@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
+from filelock import FileLock
 from torch import Tensor
 
-from common.runs import InputError, file_sha256, one_at_a_time
+from common.runs import InputError, file_sha256
 
 # In place of a file: weights drawn at random, for tests and for measuring cost. They mean nothing.
 # The word has to be written out, so that no missing file can lead to it.
@@ -89,7 +90,7 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
         try:
             file.place.parent.mkdir(parents=True, exist_ok=True)
             bar = os.environ.get("LOCAL_RANK", "0") == "0"  # one of a machine's processes shows it
-            with one_at_a_time(file.place.parent):
+            with FileLock(f"{file.place.parent}.lock"):
                 if not file.place.exists():
                     torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, bar)
         except Exception as error:  # a network fails in many ways, and all mean the same here
