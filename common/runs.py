@@ -596,8 +596,7 @@ def mend_shared(run_dir: Path, full: dict[str, Any]) -> None:
     """Write the model.pt of a finished run if it is missing or of another step: a kill or a full
     disk may have come between the two files."""
     path = run_dir / "model.pt"
-    sound = path.is_file() and not damage(path)
-    sound = sound and read_archive(path).get("step") == full["step"]
+    sound = path.is_file() and not damage(path) and read_archive(path).get("step") == full["step"]
     if rank() == 0 and not sound:
         write_shared(run_dir, full)
 
@@ -616,20 +615,19 @@ def load_state(part: Any, state: Any, path: str | Path) -> None:
             if any(state.get(k, x).is_floating_point() != x.is_floating_point() for k, x in own):
                 raise TypeError("another type of numbers")
             part.load_state_dict(state)
-            wrong = not all(x.isfinite().all() for x in part.state_dict().values())
+            sound = all(x.isfinite().all() for x in part.state_dict().values())
         else:  # it keeps its own settings; moments shorter than weights would be written beyond
             part.load_state_dict({**part.state_dict(), "state": state["state"]})
-            wrong = not part.state or any(
-                m["step"].shape != ()
-                or {(x.shape, x.stride()) for x in (m["exp_avg"], m["exp_avg_sq"])}
-                != {(weight.shape, weight.stride())}
-                or any(x.isnan().any() for x in m.values())
-                for weight, m in part.state.items()
-            )
-        reason = "not finite, or of another shape" if wrong else None
+            sound = len(part.state) > 0
+            for weight, moments in part.state.items():
+                like = dict(step=torch.zeros(()), exp_avg=weight, exp_avg_sq=weight)
+                for name, x in like.items():
+                    same = moments[name].shape == x.shape and moments[name].stride() == x.stride()
+                    sound = sound and same and not moments[name].isnan().any()
+        if not sound:
+            raise ValueError("not finite, or of another shape")
     except Exception as error:  # states can be wrong in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:100]
-    if reason:
         fail(f"{path}: the weights do not fit its configuration ({reason})")
 
 

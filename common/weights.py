@@ -60,14 +60,15 @@ WEIGHT_FILES = {  # the keys are flags as well: --vgg FILE names a copy
 }
 
 
-def how_to_get(kind: str) -> str:
-    """The end of every WeightsMissing line."""
-    file = WEIGHT_FILES[kind]
-    return f"download {file.url} to {file.place}, or name a copy with --{kind} FILE"
-
-
 class WeightsMissing(InputError):
     """No usable weight file. The message is one line: what is wrong, and how to put it right."""
+
+
+def missing(kind: str, problem: str) -> WeightsMissing:
+    """What to raise because of a problem with the file of `kind`."""
+    file = WEIGHT_FILES[kind]
+    remedy = f"download {file.url} to {file.place}, or name a copy with --{kind} FILE"
+    return WeightsMissing(f"{problem}; {remedy}")
 
 
 def find_weights(kind: str, path: str | None = None) -> Weights:
@@ -84,7 +85,7 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
         return RANDOM
     if path is not None:
         if not Path(path).is_file():
-            raise WeightsMissing(f"{path}: no such file; {how_to_get(kind)}")
+            raise missing(kind, f"{path}: no such file")
         return Path(path)
     if not file.place.exists():
         try:
@@ -95,14 +96,10 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
                     torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, bar)
         except Exception as error:  # a network fails in many ways, and all mean the same here
             reason = " ".join(str(error).split())
-            raise WeightsMissing(
-                f"{file.filename} could not be downloaded ({reason}); {how_to_get(kind)}"
-            ) from error
+            raise missing(kind, f"{file.filename} could not be downloaded ({reason})") from error
     elif not (digest := file_sha256(file.place)).startswith(file.sha256):
-        raise WeightsMissing(
-            f"{file.place} is broken or another file: sha256 {digest[:8]}..., expected "
-            f"{file.sha256[:8]}...; delete it, then {how_to_get(kind)}"
-        )
+        hashes = f"sha256 {digest[:8]}..., expected {file.sha256[:8]}..."
+        raise missing(kind, f"{file.place} is broken or another file ({hashes}): delete it")
     return file.place
 
 
@@ -126,7 +123,7 @@ def load_weights(
         module.load_state_dict(convert(state))
     except Exception as error:  # a file can be wrong in many ways, and all mean the same here
         name = WEIGHT_FILES[kind].filename
-        raise WeightsMissing(f"{weights} is not a readable {name}; {how_to_get(kind)}") from error
+        raise missing(kind, f"{weights} is not a readable {name}") from error
 
 
 @contextmanager
