@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from common.shapes import (
     CaptionedShapes,
     PictureDataset,
     ShapesDataset,
-    caption_row,
     read_captions,
     split_words,
     to_uint8,
@@ -82,18 +82,16 @@ def read_picture(path: Path, crop: int | None = None) -> Image.Image:
     """RGB from a picture file of any kind, cropped to a side of `crop` pixels if given; raises
     BrokenImage. Transparency is ignored, and so is a camera's note that the picture should be
     turned, as in ADM."""
-    try:
-        with Image.open(path, formats=[*FORMATS]) as picture:
-            if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
-                raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
-            if max(picture.size) > MAX_ASPECT * min(picture.size):
-                raise ValueError(f"one side is over {MAX_ASPECT} times the other")
-            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
-                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            picture = picture.convert("RGB")
+    cannot = runs.explained(f"cannot read {path}", end=BrokenImage)
+    with cannot, Image.open(path, formats=[*FORMATS]) as picture:
+        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+            raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
+        if max(picture.size) > MAX_ASPECT * min(picture.size):
+            raise ValueError(f"one side is over {MAX_ASPECT} times the other")
+        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        picture = picture.convert("RGB")
         return picture if crop is None else adm_crop(picture, crop)
-    except Exception as error:  # whatever a decoder raises, the user needs the path
-        raise BrokenImage(f"cannot read {path} ({error})") from None
 
 
 def look_into(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -172,14 +170,12 @@ class FolderDataset(PictureDataset):
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.paths[index])
 
-    def row(self, index: int, epoch: int | None = None) -> int | Tensor:
-        """The class of a picture, or its first caption, or that of an epoch; no caption is ""."""
-        if not self.places:
-            return super().row(index)
+    def caption(self, index: int, epoch: int | None = None) -> str:
+        """The first caption of a picture, or that of an epoch; "" without any."""
         lines, turn = read_captions(self.path(index)) or [""], 0
         if epoch is not None:
             turn = np.random.default_rng((self.seed, epoch, index)).integers(len(lines))
-        return caption_row(lines[turn], self.known, self.places)
+        return lines[turn]
 
     def picture(self, index: int) -> Image.Image:
         return read_picture(self.path(index), self.image_size)
@@ -209,7 +205,7 @@ class NamedDataset(FolderDataset):
     """A published data set, downloaded and read by torchvision's class of it, in data/NAME: its own
     classes, and its own split for validation (its test set where it has no other)."""
 
-    flips, places = True, 0  # no captions
+    flips = True
 
     def __init__(self, name: str, image_size: int, split="train", seed=0, places=0):
         if places:
@@ -217,18 +213,17 @@ class NamedDataset(FolderDataset):
         kind, train, val, address, *folder = NAMED[name]
         kind, how = getattr(datasets, kind), train if split == "train" else val
         top, part = Path("data", name), Path("data", name + ".part")
-        try:
+        hint = f": unpack {address} by hand in {Path(top, *folder)}"
+        end = partial(fail, every_rank=True)  # a network, or a disk, may fail one process alone
+        with runs.explained(f"{name} cannot be downloaded", hint, end):
             top.parent.mkdir(exist_ok=True)
             with FileLock(f"{part}.lock"):  # one process downloads, the others wait
                 if not top.exists():
                     shutil.rmtree(part, ignore_errors=True)  # of an interrupted download
                     kind(part, **how, download=True)
                     part.rename(top)
+        with runs.explained(f"{top} cannot be read", hint, end):
             self.pictures = kind(top, **how)
-        except Exception as error:  # a network, an archive, a disk: they fail in many ways
-            what = f"{top} cannot be read" if top.exists() else f"{name} cannot be downloaded"
-            hint = f"unpack {address} by hand in {Path(top, *folder)}"
-            fail(f"{what} ({' '.join(str(error).split())}): {hint}", every_rank=True)
         # Lists of files, of labels or of pairs of both, by a name of its own in each class.
         has = vars(self.pictures)
         labels = next(has[x] for x in ("targets", "labels", "_labels", "_samples") if x in has)
@@ -353,16 +348,14 @@ def step_batches(
     epoch p div n, so no image is dropped or seen twice in an epoch, and any step can be the
     first.
     """
-    shuffled_epoch, order = -1, np.empty(0)
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(length)
+
     for step in steps:
-        batch = []
-        for row in rows:
-            epoch, position = divmod(step * batch_size + row, length)
-            if epoch != shuffled_epoch:
-                order = np.random.default_rng((seed, epoch)).permutation(length)
-                shuffled_epoch = epoch
-            batch.append((epoch, int(order[position])))
-        yield batch
+        places = (divmod(step * batch_size + row, length) for row in rows)
+        yield [(epoch, int(order(epoch)[position])) for epoch, position in places]
 
 
 def training_loader(
@@ -405,8 +398,7 @@ class Pictures(Dataset):
         count = len(self.dataset)
         if num is not None and num > count:
             fail(f"{num} pictures asked for, but the {split} split of {self.source} has {count}", 2)
-        order = np.random.default_rng(seed).permutation(count)[: num or count]
-        self.numbers = np.sort(order)  # (len(self),)
+        self.numbers = np.sort(np.random.default_rng(seed).permutation(count)[:num])  # (len(self),)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -448,22 +440,17 @@ class PictureSet(Dataset):
 
     def open_npz(self) -> None:
         """Find out what an .npz file holds, without reading its pictures."""
-        size = 0
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = {name.removesuffix(".npy") for name in archive.namelist()}
-                if "arr_0" in names:
-                    size = archive.getinfo("arr_0.npy").file_size
-                    with archive.open("arr_0.npy") as stream:
-                        shape, fortran, self.dtype = read_header(stream)
-                    if fortran:
-                        self.array = np.load(self.path)["arr_0"]
-        except Exception as error:  # zip archives and headers can be wrong in many ways
-            reason = str(error).partition("\n")[0][:100]
-            fail(f"{self.path} is damaged or not an .npz file ({reason})")
-        if not size:
-            held = ", ".join(sorted(names)[:9]) or "nothing"
-            fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
+        bad = runs.explained(f"{self.path} is damaged or not an .npz file")
+        with bad, zipfile.ZipFile(self.path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if "arr_0" not in names:
+                held = ", ".join(sorted(names)[:9]) or "nothing"
+                fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
+            size = archive.getinfo("arr_0.npy").file_size
+            with archive.open("arr_0.npy") as stream:
+                shape, fortran, self.dtype = read_header(stream)
+            if fortran:
+                self.array = np.load(self.path)["arr_0"]
         whole = math.prod(shape) * self.dtype.itemsize <= size and min(shape, default=0) > 0
         if len(shape) != 4 or shape[3] != 3 or not whole or self.dtype.kind not in "uif":
             expected = "expected pictures (n, height, width, 3) in 0..255"
@@ -511,21 +498,16 @@ class PictureSet(Dataset):
             read_header(self.stream)
             self.start = self.stream.tell()
         size = math.prod(self.shape) * self.dtype.itemsize  # bytes a picture
-        try:
+        with runs.explained(f"{self.path} is damaged", end=BrokenImage):
             self.stream.seek(self.start + indices.start * size)
             rows = self.stream.read(len(indices) * size)
             return np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
-        except Exception as error:
-            raise BrokenImage(f"{self.path} is damaged ({error})") from None
 
     def statistics(self) -> dict[str, np.ndarray]:
         """mu (2048,), sigma (2048, 2048), mu_s (2023,), sigma_s (2023, 2023) of the file."""
         names = ("mu", "sigma", "mu_s", "sigma_s")
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                found = {name: file[name] for name in names}
-        except Exception as error:
-            fail(f"{self.path}: its statistics are damaged ({error})")
+        with runs.explained(f"{self.path}: its statistics are damaged"), np.load(self.path) as file:
+            found = {name: file[name] for name in names}
         for name, side in {"mu": 2048, "mu_s": 2023}.items():
             mu, sigma = found[name], found["sigma" + name[2:]]
             usable = (mu.shape, sigma.shape) == ((side,), (side, side))

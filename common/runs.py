@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
@@ -31,11 +31,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a silent data worker is an error
 # Processes wait for one another longer: rank 0 may be writing 13 GB to a slow disk meanwhile.
@@ -67,6 +62,17 @@ def fail(message: str, code: int = 1, *, every_rank: bool = False) -> NoReturn:
     if (every_rank or rank() == 0) and sys.stderr is not None:
         print(f"error: {printable(message)[:1000]}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def explained(problem: str, hint: str = "", end: Callable[[str], Any] = fail) -> Iterator[None]:
+    """Whatever is raised inside, and libraries raise nearly anything, ends in one line: `problem`
+    (its cause) `hint`. end: `fail`, or the error to raise where a caller may go on without."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        raise end(f"{problem} ({cause}){hint}") from None
 
 
 def run_program(work: Callable[[], None]) -> None:
@@ -609,7 +615,7 @@ def write_shared(run_dir: Path, full: dict[str, Any]) -> None:
 
 def load_state(part: Any, state: Any, path: str | Path) -> None:
     """Give a module or an optimizer its state; one line if it does not fit or is not finite."""
-    try:
+    with explained(f"{path}: the weights do not fit its configuration"):
         if isinstance(part, nn.Module):
             own = part.state_dict().items()  # a complex weight would be copied, with a warning
             if any(state.get(k, x).is_floating_point() != x.is_floating_point() for k, x in own):
@@ -626,9 +632,6 @@ def load_state(part: Any, state: Any, path: str | Path) -> None:
                     sound = sound and same and not moments[name].isnan().any()
         if not sound:
             raise ValueError("not finite, or of another shape")
-    except Exception as error:  # states can be wrong in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:100]
-        fail(f"{path}: the weights do not fit its configuration ({reason})")
 
 
 def find_last(run_dir: Path) -> Path | None:
@@ -669,19 +672,18 @@ def claim_folder(run_dir: Path) -> Any:
     with a clear line. The system gives the lock back when this process ends, however it ends."""
     if rank() != 0:
         return None
-    try:
+    with explained(f"cannot write to the run folder {run_dir}", ": choose another --out"):
         run_dir.mkdir(parents=True, exist_ok=True)
         stream = open(run_dir / ".lock", "a")  # whatever may be in it stays
-    except OSError as error:
-        fail(f"cannot write to the run folder {run_dir} ({error.strerror}): choose another --out")
     try:
+        import fcntl  # which Windows does not have
+
         # A lock of the process, not of the open file: data workers do not inherit it.
-        if fcntl is not None:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"another run is at work in {run_dir}: wait for it, or use --out FOLDER")
-    except OSError as error:
-        say(f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it")
+    except (ImportError, OSError) as error:
+        say(f"note: {run_dir} cannot be locked ({error}): start no second run in it")
     return stream
 
 

@@ -41,10 +41,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class PictureDataset(Dataset):
-    """What is the same in all datasets. A kind of its own has `class_names`, `labels`, `picture`,
-    and with captions `row`; if it `flips`, half of the training pictures are mirrored."""
+    """What is the same in all datasets. Each has its own `class_names`, `labels` and `picture`, and
+    with `places` for words `known` ones and a `caption`; if it `flips`, half of the training
+    pictures are mirrored."""
 
-    flips = False
+    flips, places = False, 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +60,9 @@ class PictureDataset(Dataset):
         return to_tensor(picture), self.row(index, epoch)
 
     def row(self, index: int, epoch: int | None = None) -> int | Tensor:
+        """The label of a picture."""
+        if self.places:
+            return caption_row(self.caption(index, epoch), self.known, self.places)
         return int(self.labels[index])
 
 
@@ -231,9 +235,6 @@ class CaptionedShapes(ShapesDataset):
 
     def picture(self, index: int) -> Image.Image:
         return render_described(*self.attributes(index), self.image_size)
-
-    def row(self, index: int, epoch: int | None = None) -> Tensor:
-        return caption_row(self.caption(index, epoch), self.known, self.places)
 
 
 def read_captions(picture: Path) -> list[str]:
