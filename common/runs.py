@@ -731,10 +731,17 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_parts(parts: Path, key: dict[str, Any]) -> Any:
-    """Make and lock the folder of finished batches; those of another command (`key`) are removed.
-    Returns the lock."""
+@contextlib.contextmanager
+def parts_folder(parts: Path, key: dict[str, Any]) -> Iterator[None]:
+    """The folder in which finished batches wait, locked; those of another command (`key`) are
+    removed. If the work inside is interrupted, all stays; at its end the folder goes, unless
+    something else is in it."""
     key_path, text = parts / "key.json", json.dumps(key, indent=1)
+
+    def empty() -> None:
+        for path in [*parts.glob(BATCHES + "*"), key_path]:
+            path.unlink(missing_ok=True)
+
     lock = claim_folder(parts)
     if rank() == 0:
         known = key_path.is_file() and key_path.read_bytes() == text.encode()
@@ -743,22 +750,14 @@ def open_parts(parts: Path, key: dict[str, Any]) -> Any:
         elif done:
             say(f"note: {done} batches in {parts} are of another command, and are removed")
         if not known:
-            empty_parts(parts)
+            empty()
             write_text(key_path, text)
     wait_for_all()
-    return lock
-
-
-def empty_parts(parts: Path) -> None:
-    """Empty the folder of finished batches of all that is ours."""
-    for path in [*parts.glob(BATCHES + "*"), parts / "key.json"]:
-        path.unlink(missing_ok=True)
-
-
-def remove_parts(parts: Path, lock: Any) -> None:
-    """Remove the folder of finished batches, unless something else is in it."""
-    empty_parts(parts)
-    lock.close()
-    (parts / ".lock").unlink()
-    if not any(parts.iterdir()):
-        parts.rmdir()
+    yield
+    if rank() == 0:
+        empty()
+        lock.close()
+        (parts / ".lock").unlink()
+        with contextlib.suppress(OSError):  # not empty: of the user
+            parts.rmdir()
+    wait_for_all()  # nobody reads the files before they are there
