@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -40,7 +39,7 @@ from common.shapes import (
     to_uint8,
 )
 
-MAX_ASPECT = 1000  # of a picture: enlarged, a longer one would fill the memory
+MAX_ASPECT = 200  # of a picture: enlarged, a longer one would fill the memory
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
 
@@ -217,7 +216,7 @@ class NamedDataset(FolderDataset):
         end = partial(fail, every_rank=True)  # a network, or a disk, may fail one process alone
         with runs.explained(f"{name} cannot be downloaded", hint, end):
             top.parent.mkdir(exist_ok=True)
-            with FileLock(f"{part}.lock"):  # one process downloads, the others wait
+            with runs.one_at_a_time(top.parent):  # one process downloads, the others wait
                 if not top.exists():
                     shutil.rmtree(part, ignore_errors=True)  # of an interrupted download
                     kind(part, **how, download=True)

@@ -663,6 +663,19 @@ def beside(checkpoint: Path, name: str) -> Path:
     return Path(name) if shipped else checkpoint.with_name(name)
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of the processes that come here for the same folder one goes on; the others wait for it."""
+    with contextlib.ExitStack() as at_end:
+        with contextlib.suppress(ImportError, OSError):  # Windows; a file system without locks
+            import fcntl
+
+            stream = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, stream)  # which gives the lock back
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 # --------------------------------------------------------------------------------------------------
 # Run folders
 

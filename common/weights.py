@@ -14,10 +14,9 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
-from filelock import FileLock
 from torch import Tensor
 
-from common.runs import InputError, explained, file_sha256
+from common.runs import InputError, explained, file_sha256, one_at_a_time
 
 # In place of a file: weights drawn at random, for tests and for measuring cost. They mean nothing.
 # The word has to be written out, so that no missing file can lead to it.
@@ -91,7 +90,7 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
         with explained(problem, how_to_get(kind), WeightsMissing):
             file.place.parent.mkdir(parents=True, exist_ok=True)
             bar = os.environ.get("LOCAL_RANK", "0") == "0"  # one of a machine's processes shows it
-            with FileLock(f"{file.place.parent}.lock"):
+            with one_at_a_time(file.place.parent):
                 if not file.place.exists():
                     torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, bar)
     elif not (digest := file_sha256(file.place)).startswith(file.sha256):

@@ -136,6 +136,12 @@ def test_odd_pictures_are_read(tmp_path, name):
 # ---------------------------------------------------------------------------------- Broken pictures
 
 
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
+    Image.new("RGB", (201, 1)).save(tmp_path / "thread.png")
+    with pytest.raises(BrokenImage, match="thread.png.*over 200 times"):
+        open_dataset(str(tmp_path), 24)[0]
+
+
 def test_a_skipped_picture_has_a_fixed_neighbour_and_after_the_last_comes_the_first(tmp_path):
     write_pictures(tmp_path / "flat", 5)
     for name in ("2.png", "3.png", "4.png"):
