@@ -251,21 +251,18 @@ def sample_set(path: Path, model: MIMFlow, classes: list, options: Namespace) ->
     key = {k: str(v) for k, v in vars(options).items() if k not in ("out", "npz", "device", "info")}
     # Not the file's hash: a training run may have replaced it since it was read.
     key |= {"classes": classes, "weights": runs.weights_sha256(model)}
-    lock = runs.open_parts(parts, {**key, "device": model.decoder.coordinates.device.type})
-    files = sample_parts(model, classes, options, parts)
-    numbers = range(len(classes)) if options.prompt else classes
-    if rank() == 0:
-        if options.npz is not None:
+    with runs.parts_folder(parts, {**key, "device": model.decoder.coordinates.device.type}):
+        files = sample_parts(model, classes, options, parts)
+        numbers = range(len(classes)) if options.prompt else classes
+        if rank() == 0 and options.npz is not None:
             write_npz(options.npz, files, np.resize(numbers, options.num))  # cycles through them
             say(f"{options.npz}: {options.num} pictures, {len(set(numbers))} classes")
-        if options.out is not None:
+        if rank() == 0 and options.out is not None:
             write_grid(options.out, files, len(classes))
             known = options.prompt or model.class_names
             names = ["no classes" if i < 0 else printable(known[i]) for i in numbers]
             how = f"guidance {options.guidance:g}, seed {options.seed}"
             say(f"{options.out}: {how}; rows: {', '.join(names)}")
-        runs.remove_parts(parts, lock)
-    wait_for_all()  # nobody reads the files before they are there
 
 
 # --------------------------------------------------------------------------------------------------

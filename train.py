@@ -651,10 +651,10 @@ def save(parts: dict[str, Any], step: int, skipped: int) -> None:
     runs.write_checkpoints(config.run_dir, full)
 
 
-def read_checkpoint(path: str | Path, check: bool = True) -> tuple[dict[str, Any], Config]:
-    """The dictionary of a checkpoint and its configuration; one clear line for what is wrong."""
-    checkpoint, config = runs.read_checkpoint(Path(path), Config, RETIRED, CHECKPOINT_FORMAT, check)
-    problem, count = unbuildable(config, Path(path).stat().st_size), len(checkpoint["class_names"])
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Config]:
+    """The dictionary of a sound checkpoint and its configuration; one line for what is wrong."""
+    checkpoint, config = runs.read_checkpoint(path, Config, RETIRED, CHECKPOINT_FORMAT)
+    problem, count = unbuildable(config, path.stat().st_size), len(checkpoint["class_names"])
     if not problem and config.num_classes not in (0, count):
         problem = f"{count} class names, but --num-classes {config.num_classes}"
     if problem:
@@ -665,7 +665,8 @@ def read_checkpoint(path: str | Path, check: bool = True) -> tuple[dict[str, Any
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> MIMFlow:
     """The model of model.pt (or last.pt), with its EMA weights, in eval mode on `device`. It has
     .encoder, .flow (or .emigm), .decoder, .config, .class_names and .step."""
-    checkpoint, config = read_checkpoint(path)
+    runs.require_sound(Path(path))
+    checkpoint, config = read_checkpoint(Path(path))
     model = MIMFlow(config, checkpoint["class_names"])
     runs.load_state(model, checkpoint.get("ema", checkpoint["model"]), path)
     model.step = checkpoint["step"]
@@ -715,7 +716,7 @@ def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any]
         if (run_dir / "model.pt").exists():
             fail(f"{run_dir} holds a model.pt but no last.pt to go on from: {other} it", 2)
         return None
-    checkpoint, stored = read_checkpoint(found, check=False)  # find_last has looked
+    checkpoint, stored = read_checkpoint(found)  # find_last has looked
     if checkpoint["config"].get("convnext_mix"):
         fail(f"{found} was trained with --convnext-mix, which is gone: go on with commit f59eff8")
     stored, now = asdict(stored), asdict(config)

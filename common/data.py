@@ -13,19 +13,18 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import hflip
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -33,15 +32,14 @@ from common import runs
 from common.runs import InputError, fail, printable, progress, rank, say, world_size
 from common.shapes import (
     CaptionedShapes,
+    PictureDataset,
     ShapesDataset,
-    caption_row,
     read_captions,
     split_words,
-    to_tensor,
     to_uint8,
 )
 
-MAX_ASPECT = 64  # the centre of a longer picture is all that is looked at
+MAX_ASPECT = 200  # of a picture: enlarged, a longer one would fill the memory
 SHOWN_SIDE = 96  # smaller pictures are enlarged in grids, up to this side in pixels
 MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spite of the flag
 
@@ -70,10 +68,6 @@ def adm_crop(picture: Image.Image, size: int) -> Image.Image:
     """ADM's preprocessing: halve by box filter while the short side is >= 2 x size, resize the
     short side to `size` by bicubic interpolation, crop the centre. RGB of any size -> size x size.
     """
-    if max(picture.size) > MAX_ASPECT * min(picture.size):  # enlarged, it would fill the memory
-        width, height = (min(side, MAX_ASPECT * min(picture.size)) for side in picture.size)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        picture = picture.crop((left, top, left + width, top + height))
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     factor = size / min(picture.size)
@@ -87,16 +81,16 @@ def read_picture(path: Path, crop: int | None = None) -> Image.Image:
     """RGB from a picture file of any kind, cropped to a side of `crop` pixels if given; raises
     BrokenImage. Transparency is ignored, and so is a camera's note that the picture should be
     turned, as in ADM."""
-    try:
-        with Image.open(path, formats=[*FORMATS]) as picture:
-            if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
-                raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
-            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
-                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            picture = picture.convert("RGB")
+    cannot = runs.explained(f"cannot read {path}", end=BrokenImage)
+    with cannot, Image.open(path, formats=[*FORMATS]) as picture:
+        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+            raise ValueError("32 bits a pixel have no agreed scale: save it with 8 or 16")
+        if max(picture.size) > MAX_ASPECT * min(picture.size):
+            raise ValueError(f"one side is over {MAX_ASPECT} times the other")
+        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        picture = picture.convert("RGB")
         return picture if crop is None else adm_crop(picture, crop)
-    except Exception as error:  # whatever a decoder raises, the user needs the path
-        raise BrokenImage(f"cannot read {path} ({error})") from None
 
 
 def look_into(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -124,7 +118,7 @@ def list_images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
     return sorted(found)
 
 
-class FolderDataset(Dataset):
+class FolderDataset(PictureDataset):
     """Pictures of a folder: CLASS folders (labels 0, 1, ... by sorted name), or flat (label -1).
 
     FOLDER may hold train/, val/ and test/, each in that layout, with the classes of train/; else it
@@ -137,7 +131,7 @@ class FolderDataset(Dataset):
         top = Path(folder)
         if not top.is_dir():
             fail(f"there is no data folder {folder}: give one, or one of {', '.join(NAMED)}")
-        self.image_size, self.seed, self.places = image_size, seed, places
+        self.image_size, self.seed, self.places, self.flips = image_size, seed, places, not places
         folders = {path.name for path in look_into(top)[0]}
         has_splits = "train" in folders and folders <= {"train", "val", "test"}
         if has_splits and split not in folders:
@@ -172,31 +166,17 @@ class FolderDataset(Dataset):
             if not self.known:
                 fail(f"no word comes twice in captions of {folder}: put FILE.txt beside FILE.jpg")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.paths[index])
 
-    def row(self, index: int, epoch: int | None = None) -> int | Tensor:
-        """The class of a picture, or its first caption, or that of an epoch; no caption is ""."""
-        if not self.places:
-            return int(self.labels[index])
+    def caption(self, index: int, epoch: int | None = None) -> str:
+        """The first caption of a picture, or that of an epoch; "" without any."""
         lines, turn = read_captions(self.path(index)) or [""], 0
         if epoch is not None:
             turn = np.random.default_rng((self.seed, epoch, index)).integers(len(lines))
-        return caption_row(lines[turn], self.known, self.places)
+        return lines[turn]
 
-    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int | Tensor]:
-        """`key`: an index, or (epoch, index), which also flips half of the pictures."""
-        epoch, index = key if isinstance(key, tuple) else (None, key)
-        picture, flips = self.read(index), epoch is not None and not self.places
-        if flips and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
-            picture = hflip(picture)
-        return to_tensor(picture), self.row(index, epoch)
-
-    def read(self, index: int) -> Image.Image:
-        """Picture `index`, cropped."""
+    def picture(self, index: int) -> Image.Image:
         return read_picture(self.path(index), self.image_size)
 
 
@@ -224,7 +204,7 @@ class NamedDataset(FolderDataset):
     """A published data set, downloaded and read by torchvision's class of it, in data/NAME: its own
     classes, and its own split for validation (its test set where it has no other)."""
 
-    places = 0  # no captions
+    flips = True
 
     def __init__(self, name: str, image_size: int, split="train", seed=0, places=0):
         if places:
@@ -232,20 +212,17 @@ class NamedDataset(FolderDataset):
         kind, train, val, address, *folder = NAMED[name]
         kind, how = getattr(datasets, kind), train if split == "train" else val
         top, part = Path("data", name), Path("data", name + ".part")
-        try:
+        hint = f": unpack {address} by hand in {Path(top, *folder)}"
+        end = partial(fail, every_rank=True)  # a network, or a disk, may fail one process alone
+        with runs.explained(f"{name} cannot be downloaded", hint, end):
             top.parent.mkdir(exist_ok=True)
-            with open(f"{part}.lock", "w") as lock:  # one process downloads, the others wait
-                if runs.fcntl is not None:
-                    runs.fcntl.lockf(lock, runs.fcntl.LOCK_EX)
+            with runs.one_at_a_time(top.parent):  # one process downloads, the others wait
                 if not top.exists():
                     shutil.rmtree(part, ignore_errors=True)  # of an interrupted download
                     kind(part, **how, download=True)
                     part.rename(top)
+        with runs.explained(f"{top} cannot be read", hint, end):
             self.pictures = kind(top, **how)
-        except Exception as error:  # a network, an archive, a disk: they fail in many ways
-            what = f"{top} cannot be read" if top.exists() else f"{name} cannot be downloaded"
-            hint = f"unpack {address} by hand in {Path(top, *folder)}"
-            fail(f"{what} ({' '.join(str(error).split())}): {hint}", every_rank=True)
         # Lists of files, of labels or of pairs of both, by a name of its own in each class.
         has = vars(self.pictures)
         labels = next(has[x] for x in ("targets", "labels", "_labels", "_samples") if x in has)
@@ -258,9 +235,9 @@ class NamedDataset(FolderDataset):
         names = getattr(self.pictures, "classes", range(self.labels.max() + 1))
         self.class_names = tuple(x[0] if isinstance(x, tuple) else str(x) for x in names)
 
-    def read(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Image.Image:
         if len(self.paths):
-            return super().read(index)
+            return super().picture(index)
         return adm_crop(self.pictures[index][0], self.image_size)
 
 
@@ -350,12 +327,8 @@ class BrokenImages:
 
     def count_of_all(self) -> int:
         """How many pictures all processes have met, each counted once."""
-        met = [self.reasons]
-        if dist.is_initialized():
-            met = [None] * world_size()
-            dist.all_gather_object(met, self.reasons)
-        self.check(count := len(set().union(*met)))
-        return count
+        self.check(met := len(set().union(*runs.of_all_processes(self.reasons))))
+        return met
 
     def check(self, met: int) -> None:
         """End the run if `met` broken pictures are too many."""
@@ -365,7 +338,9 @@ class BrokenImages:
             fail(f"{what}: --check-data lists all; repair or remove them", every_rank=True)
 
 
-class StepSampler(Sampler):
+def step_batches(
+    length: int, batch_size: int, rows: range, steps: range, seed: int
+) -> Iterator[list[tuple[int, int]]]:
     """Batches of (epoch, index) for this process, a function of the seed and the step.
 
     Image number p of the run (p = step * batch_size + row) is entry p mod n of the permutation of
@@ -373,24 +348,13 @@ class StepSampler(Sampler):
     first.
     """
 
-    def __init__(self, length: int, batch_size: int, rows: range, steps: range, seed: int):
-        self.length, self.batch_size, self.rows = length, batch_size, rows
-        self.steps, self.seed = steps, seed
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(length)
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        shuffled_epoch, order = -1, np.empty(0)
-        for step in self.steps:
-            batch = []
-            for row in self.rows:
-                epoch, position = divmod(step * self.batch_size + row, self.length)
-                if epoch != shuffled_epoch:
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                    shuffled_epoch = epoch
-                batch.append((epoch, int(order[position])))
-            yield batch
+    for step in steps:
+        places = (divmod(step * batch_size + row, length) for row in rows)
+        yield [(epoch, int(order(epoch)[position])) for epoch, position in places]
 
 
 def training_loader(
@@ -404,7 +368,7 @@ def training_loader(
         settings |= dict(prefetch_factor=4, timeout=runs.TIMEOUT.total_seconds())
     return DataLoader(
         TrainingPictures(dataset, skip_bad),
-        batch_sampler=StepSampler(len(dataset), batch_size, rows, steps, seed),
+        batch_sampler=step_batches(len(dataset), batch_size, rows, steps, seed),
         generator=torch.Generator(),  # leaves the global one alone
         worker_init_fn=runs.ignore_signals,
         **settings,
@@ -433,17 +397,15 @@ class Pictures(Dataset):
         count = len(self.dataset)
         if num is not None and num > count:
             fail(f"{num} pictures asked for, but the {split} split of {self.source} has {count}", 2)
-        order = np.random.default_rng(seed).permutation(count)[: num or count]
-        self.numbers = np.sort(order)  # (len(self),)
+        self.numbers = np.sort(np.random.default_rng(seed).permutation(count)[:num])  # (len(self),)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
         numbers = self.numbers[indices.start : indices.stop]
-        images, labels = zip(*(self.dataset[int(n)] for n in numbers), strict=True)
-        labels = torch.stack([torch.as_tensor(label) for label in labels])
-        return torch.stack(images), labels, torch.from_numpy(numbers)
+        images, labels = default_collate([self.dataset[int(n)] for n in numbers])
+        return images, labels, torch.from_numpy(numbers)
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of these pictures."""
@@ -477,19 +439,17 @@ class PictureSet(Dataset):
 
     def open_npz(self) -> None:
         """Find out what an .npz file holds, without reading its pictures."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = {name.removesuffix(".npy") for name in archive.namelist()}
-                size = archive.getinfo("arr_0.npy").file_size if "arr_0" in names else 0
-                if size:
-                    with archive.open("arr_0.npy") as stream:
-                        shape, fortran, self.dtype = read_header(stream)
-        except Exception as error:  # zip archives and headers can be wrong in many ways
-            reason = str(error).partition("\n")[0][:100]
-            fail(f"{self.path} is damaged or not an .npz file ({reason})")
-        if not size:
-            held = ", ".join(sorted(names)[:9]) or "nothing"
-            fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
+        bad = runs.explained(f"{self.path} is damaged or not an .npz file")
+        with bad, zipfile.ZipFile(self.path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if "arr_0" not in names:
+                held = ", ".join(sorted(names)[:9]) or "nothing"
+                fail(f"{self.path} has no arr_0 (it holds {held}): pictures are expected there")
+            size = archive.getinfo("arr_0.npy").file_size
+            with archive.open("arr_0.npy") as stream:
+                shape, fortran, self.dtype = read_header(stream)
+            if fortran:
+                self.array = np.load(self.path)["arr_0"]
         whole = math.prod(shape) * self.dtype.itemsize <= size and min(shape, default=0) > 0
         if len(shape) != 4 or shape[3] != 3 or not whole or self.dtype.kind not in "uif":
             expected = "expected pictures (n, height, width, 3) in 0..255"
@@ -499,11 +459,6 @@ class PictureSet(Dataset):
         missing = {"sigma", "mu_s", "sigma_s"} - names
         if self.has_statistics and missing:
             fail(f"{self.path} has mu but no {', '.join(sorted(missing))}")
-        if fortran:
-            try:
-                self.array = np.load(self.path, allow_pickle=False)["arr_0"]
-            except Exception as error:
-                fail(f"{self.path} is damaged ({error})")
 
     def __len__(self) -> int:
         return self.count
@@ -542,30 +497,24 @@ class PictureSet(Dataset):
             read_header(self.stream)
             self.start = self.stream.tell()
         size = math.prod(self.shape) * self.dtype.itemsize  # bytes a picture
-        try:
+        with runs.explained(f"{self.path} is damaged", end=BrokenImage):
             self.stream.seek(self.start + indices.start * size)
             rows = self.stream.read(len(indices) * size)
             return np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
-        except Exception as error:
-            raise BrokenImage(f"{self.path} is damaged ({error})") from None
 
     def statistics(self) -> dict[str, np.ndarray]:
         """mu (2048,), sigma (2048, 2048), mu_s (2023,), sigma_s (2023, 2023) of the file."""
         names = ("mu", "sigma", "mu_s", "sigma_s")
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                found = {name: file[name] for name in names}
-        except Exception as error:
-            fail(f"{self.path}: its statistics are damaged ({error})")
+        with runs.explained(f"{self.path}: its statistics are damaged"), np.load(self.path) as file:
+            found = {name: file[name] for name in names}
         for name, side in {"mu": 2048, "mu_s": 2023}.items():
             mu, sigma = found[name], found["sigma" + name[2:]]
-            if (mu.shape, sigma.shape) != ((side,), (side, side)):
-                shapes = f"{mu.shape} and {sigma.shape}"
-                fail(f"{self.path}: {name} and its sigma are {shapes}, expected {side} features")
-            usable = mu.dtype.kind == sigma.dtype.kind == "f" and np.isfinite(mu).all()
+            usable = (mu.shape, sigma.shape) == ((side,), (side, side))
+            usable = usable and mu.dtype.kind == sigma.dtype.kind == "f" and np.isfinite(mu).all()
             usable = usable and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, 1e-4, 1e-6)
             if not usable or (values := np.linalg.eigvalsh(sigma))[0] < -1e-3 * values[-1]:
-                fail(f"{self.path}: {name} or its sigma is no finite mean or covariance")
+                what = "no finite mean or covariance, expected"
+                fail(f"{self.path}: {name} or its sigma is {what} {side} features")
         return {name: value.astype(np.float64) for name, value in found.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -577,32 +526,8 @@ class PictureSet(Dataset):
 
 def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of an .npy stream, which is left at its first number."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)
-
-
-def sharded(
-    data: Dataset, work: Callable[[Any], Any], description: str, batch_size: int, num_workers: int
-) -> list[Any] | None:
-    """work(data[range]) for every batch of `data`, batch j on process j mod world_size.
-
-    On rank 0 the results in order, None elsewhere. `work` moves what it returns to the CPU: it is
-    pickled on its way to rank 0. No picture counts twice: a DistributedSampler would repeat some,
-    to give all processes equally many, and every mean would be another.
-    """
-    count = len(data)
-    ranges = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    # batch_size None: an item of `data` is already a batch.
-    settings = dict(batch_size=None, num_workers=num_workers, generator=torch.Generator())
-    loader = DataLoader(data, sampler=ranges[rank() :: world_size()], **settings)
-    done = [work(batch) for batch in progress(loader, description)]
-    if not dist.is_initialized():
-        return done
-    gathered = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(done, gathered)
-    return gathered and [gathered[j % world_size()][j // world_size()] for j in range(len(ranges))]
+    np.lib.format.read_magic(stream)  # version 2 is for headers that no array of numbers needs
+    return np.lib.format.read_array_header_1_0(stream)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from common.data import sharded
-from common.runs import fail, printable, say, world_size, write_text
+from common.runs import fail, printable, progress, rank, say, world_size, write_text
 from common.weights import RANDOM
 
 WARM_UP, LONG_ENOUGH = 2, 10.0  # calls that are not timed; seconds after which none is repeated
@@ -27,9 +27,25 @@ Numbers = dict[str, Any]  # what --json holds, or a part of it
 def look(
     work: Callable[[Any], dict[str, Tensor]], pictures: Dataset, what: str, flags: Namespace
 ) -> dict[str, Tensor]:
-    """What `work` finds, name -> (B, ...), in batches of the pictures, over all processes: on
-    process 0 that of all in their order, name -> (n, ...); elsewhere nothing."""
-    parts = sharded(pictures, work, what, flags.batch_size, flags.num_workers) or [{}]
+    """What `work` finds, name -> (B, ...), in batches of the pictures, batch j on process j mod
+    world_size: on process 0 that of all in their order, name -> (n, ...); elsewhere nothing.
+
+    `work` moves what it returns to the CPU: it is pickled on its way to process 0. No picture
+    counts twice: a DistributedSampler would repeat some, to give all processes equally many, and
+    every mean would be another.
+    """
+    count, size = len(pictures), flags.batch_size
+    ranges = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    # batch_size None: an item of `pictures` is already a batch.
+    how = dict(batch_size=None, num_workers=flags.num_workers, generator=torch.Generator())
+    loader = DataLoader(pictures, sampler=ranges[rank() :: world_size()], **how)
+    parts = [work(batch) for batch in progress(loader, what)]
+    if dist.is_initialized():
+        gathered = [None] * world_size() if rank() == 0 else None
+        dist.gather_object(parts, gathered)
+        if rank() != 0:
+            return {}
+        parts = [gathered[j % world_size()][j // world_size()] for j in range(len(ranges))]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name, values in found.items():
         bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()

@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
@@ -32,11 +31,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a silent data worker is an error
 # Processes wait for one another longer: rank 0 may be writing 13 GB to a slow disk meanwhile.
@@ -68,6 +62,17 @@ def fail(message: str, code: int = 1, *, every_rank: bool = False) -> NoReturn:
     if (every_rank or rank() == 0) and sys.stderr is not None:
         print(f"error: {printable(message)[:1000]}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def explained(problem: str, hint: str = "", end: Callable[[str], Any] = fail) -> Iterator[None]:
+    """Whatever is raised inside, and libraries raise nearly anything, ends in one line: `problem`
+    (its cause) `hint`. end: `fail`, or the error to raise where a caller may go on without."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        raise end(f"{problem} ({cause}){hint}") from None
 
 
 def run_program(work: Callable[[], None]) -> None:
@@ -119,20 +124,17 @@ def number(kind: type, low: float, high: float, words: str) -> Callable[[str], A
     """A type for argparse: an int or float from `low` to `high`, which `words` describe."""
 
     def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+        value = kind(text)
         if not low <= value <= high:  # a nan is not, either
             raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
 
+    convert.__name__ = kind.__name__  # in argparse's line about what is no number
     return convert
 
 
 MANY = 2**31 - 1  # more pictures, pixels or steps than anything here can hold
 positive = number(int, 1, MANY, "positive and below 2^31")
-not_negative = number(int, 0, MANY, "not negative and below 2^31")
 seed_number = number(int, 0, 2**63 - 1, "not negative and below 2^63")
 weight = number(float, 0, sys.float_info.max, "not negative, and finite")
 
@@ -156,31 +158,27 @@ def option(default: Any, help: str, within: tuple = NATURAL, **argparse_options:
     return field(default=default, metadata={"help": help, "within": within, **argparse_options})
 
 
-def kinds(f: Field) -> tuple[type, ...]:
-    """The types of one value of a field: of "int | None" and of "tuple[int, ...]" that is int."""
-    return tuple(k for k in get_args(f.type) or (f.type,) if k not in (types.NoneType, Ellipsis))
+def kind_of(f: Field) -> type:
+    """The type of one value of a field: of "int | None" and of "tuple[int, ...]" that is int."""
+    return (get_args(f.type) or (f.type,))[0]
 
 
 def out_of_range(config: Any) -> str | None:
     """What is wrong with the types and numbers of a dataclass of options, None if nothing."""
     for f in fields(config):
-        value, (low, high) = getattr(config, f.name), f.metadata["within"]
-        choices, allowed = f.metadata.get("choices"), set(kinds(f))
+        value, kind, (low, high) = getattr(config, f.name), kind_of(f), f.metadata["within"]
         if value is None and type(None) in get_args(f.type):
             continue
-        if int in allowed:
-            low, high = -(-low // 1), MANY if high == NATURAL[1] else high
-        several = get_origin(f.type) is tuple
-        if several != isinstance(value, tuple):
+        values = value if get_origin(f.type) is tuple else (value,)
+        known = {kind, int} if kind is float else {kind}  # 90 is as good as 90.0
+        fits = isinstance(values, tuple) and known.issuperset(map(type, values))
+        if not fits or not set(values).issubset(f.metadata.get("choices", values)):
             return f"{flag(f.name)} cannot be {value!r:.50}"
-        for one in value if several else [value]:
-            if float in allowed and type(one) is int:
-                one = float(one) if abs(one) < NATURAL[1] else math.inf
-            if type(one) not in allowed or (choices and one not in choices):
-                return f"{flag(f.name)} cannot be {value!r:.50}"
-            if allowed & {int, float} and not low <= one <= high:
-                positive = "positive, " if low > 0 else ""
-                return f"{flag(f.name)} must be {positive}from {low:g} to {high:g}, got {value}"
+        if kind is int:
+            low, high = math.ceil(low), MANY if high == NATURAL[1] else high
+        if kind in (int, float) and not all(low <= x <= high for x in values):
+            positive = "positive, " if low > 0 else ""
+            return f"{flag(f.name)} must be {positive}from {low:g} to {high:g}, got {value}"
     return None
 
 
@@ -197,11 +195,10 @@ def add_field_flags(
         values = [values[f.name] for values in shows]
         if any(value is not None for value in values):
             settings["help"] += f" [{'; '.join(shown(v) or 'none' for v in values)}]"
-        if bool in kinds(f):
+        if (kind := kind_of(f)) is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = kinds(f)[0]
-            settings |= {} if str in kinds(f) else {"metavar": "N"}
+            settings |= {"type": kind} if kind is str else {"type": kind, "metavar": "N"}
         add(flag(f.name), default=argparse.SUPPRESS, **settings)
 
 
@@ -242,14 +239,9 @@ def say(message: str) -> None:
         print("note: standard output is full, nothing more is printed there", file=sys.stderr)
 
 
-def watched() -> bool:
-    """Whether somebody sees this process's progress bars: rank 0 on a terminal."""
-    return rank() == 0 and sys.stderr.isatty()
-
-
 def progress(work: Iterable | None, description: str, **settings: Any) -> tqdm:
-    """A bar on rank 0, if somebody is watching."""
-    return tqdm(work, desc=description, disable=not watched(), **settings)
+    """A bar on rank 0, if somebody is watching (disable=None: only on a terminal)."""
+    return tqdm(work, desc=description, disable=True if rank() else None, **settings)
 
 
 def select_device(name: str | None) -> torch.device:
@@ -315,21 +307,19 @@ def keep_bfloat16(network: nn.Module) -> nn.Module:
 
 def start_processes(device: torch.device) -> None:
     """Join the process group of torchrun, if there is one: nccl on CUDA, gloo on the CPU."""
-    if world_size() > 1:
-        # torchrun keeps one store over its restarts (--max-restarts). Under a name for each try,
-        # new processes do not meet the addresses of dead ones.
-        try:
-            store, this, count = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
-        except ValueError as error:
-            fail(
-                f"WORLD_SIZE is set but not by torchrun ({error}): start with torchrun, or unset it"
-            )
-        store = dist.PrefixStore(f"try{restarts()}", store)
-        # gloo as well: what processes agree on in CPU memory (StopSignal) waits for no GPU.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=this, world_size=count, timeout=GROUP_TIMEOUT
-        )
+    if world_size() == 1:
+        return
+    try:
+        store, this, count = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    except ValueError as error:
+        fail(f"WORLD_SIZE is set, not by torchrun ({error}): start with torchrun, or unset it")
+    # torchrun keeps one store over its restarts (--max-restarts). Under a name for each try, new
+    # processes do not meet the addresses of dead ones.
+    store = dist.PrefixStore(f"try{restarts()}", store)
+    # gloo as well: what processes agree on in CPU memory (StopSignal) waits for no GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    how = dict(store=store, rank=this, world_size=count, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, **how)
 
 
 def stop_processes() -> None:
@@ -353,13 +343,18 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process has as `value`, by rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def require_same_step(step: int) -> None:
     """End if the processes, each of which has read last.pt by itself, found different steps."""
-    if dist.is_initialized():
-        steps = [None] * world_size()
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            fail(f"processes found last.pt at steps {sorted(set(steps))}: share the run folder")
+    if len(steps := sorted(set(of_all_processes(step)))) > 1:
+        fail(f"processes found last.pt at steps {steps}: share the run folder")
 
 
 class SkippedSteps:
@@ -448,10 +443,9 @@ def check_output(path: Path, suffix: str, inputs: Iterable[Path] = (), room: flo
         fail(f"{path} is not a regular file: name another", 2)
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         fail(f"{path} cannot be written: no permission", 2)
-    for other in inputs:
-        same = path.exists() and other.exists() and path.samefile(other)
-        picture = suffix == ".png" and path.exists() and other.resolve() in path.resolve().parents
-        if same or picture or path.resolve() == other.resolve():
+    for other in inputs if path.exists() else []:
+        of_it = suffix == ".png" and other.resolve() in path.resolve().parents
+        if of_it or (other.exists() and path.samefile(other)):
             fail(f"{path} is also {other}, which would be lost: name another file", 2)
     if room > (free := shutil.disk_usage(folder).free):
         fail(f"{path} needs {room / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free", 2)
@@ -554,15 +548,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
-    """The dictionary in a checkpoint file, on the CPU; one clear line for whatever is wrong. Its
-    checksums are looked at (10 GB take seconds) unless that has just been done: check=False."""
-    if path.is_dir():
-        fail(f"{path} is a folder: name the checkpoint in it, in a run's folder model.pt")
+def require_sound(path: Path) -> None:
+    """End with one clear line unless `path` is a whole checkpoint file: 10 GB take seconds."""
     if not path.is_file():
-        fail(f"checkpoint {path} does not exist, or is not a regular file")
-    if check and (reason := damage(path)):
+        fail(f"checkpoint {path} does not exist, or is no regular file; a run's is its model.pt")
+    if reason := damage(path):
         fail(f"checkpoint {path} is {reason}")
+
+
+def read_archive(path: Path) -> dict[str, Any]:
+    """The dictionary in a sound checkpoint file, on the CPU."""
     # Beside a GPU all processes look at the file's own pages, and copy to their GPU what they need.
     on_gpu = torch.cuda.is_available()
     checkpoint = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True)
@@ -574,13 +569,11 @@ def read_archive(path: Path, check: bool = True) -> dict[str, Any]:
 HEAD = {"format": int, "step": int, "config": dict, "class_names": list}  # of every checkpoint
 
 
-def read_checkpoint(
-    path: Path, of: type, retired: Iterable[str], newest: int, check: bool
-) -> tuple[dict, Any]:
-    """The dictionary of a checkpoint, and its configuration, of the dataclass `of`. Nothing in it
-    is trusted: a file may have been edited, or be another program's. retired: fields of older
-    configurations; newest: the last format that can be read; check: as in read_archive."""
-    checkpoint = read_archive(path, check)
+def read_checkpoint(path: Path, of: type, retired: Iterable[str], newest: int) -> tuple[dict, Any]:
+    """The dictionary of a sound checkpoint, and its configuration, of the dataclass `of`. Nothing
+    in it is trusted: a file may have been edited, or be another program's. retired: fields of older
+    configurations; newest: the last format that can be read."""
+    checkpoint = read_archive(path)
     for key, kind in {**HEAD, "model": dict}.items():
         if not isinstance(checkpoint.get(key), kind):
             fail(f"{path} is not a MIMFlow checkpoint: its {key} is no {kind.__name__}")
@@ -609,8 +602,7 @@ def mend_shared(run_dir: Path, full: dict[str, Any]) -> None:
     """Write the model.pt of a finished run if it is missing or of another step: a kill or a full
     disk may have come between the two files."""
     path = run_dir / "model.pt"
-    sound = path.is_file() and not damage(path)
-    sound = sound and read_archive(path, check=False).get("step") == full["step"]
+    sound = path.is_file() and not damage(path) and read_archive(path).get("step") == full["step"]
     if rank() == 0 and not sound:
         write_shared(run_dir, full)
 
@@ -623,27 +615,23 @@ def write_shared(run_dir: Path, full: dict[str, Any]) -> None:
 
 def load_state(part: Any, state: Any, path: str | Path) -> None:
     """Give a module or an optimizer its state; one line if it does not fit or is not finite."""
-    try:
+    with explained(f"{path}: the weights do not fit its configuration"):
         if isinstance(part, nn.Module):
             own = part.state_dict().items()  # a complex weight would be copied, with a warning
             if any(state.get(k, x).is_floating_point() != x.is_floating_point() for k, x in own):
                 raise TypeError("another type of numbers")
             part.load_state_dict(state)
-            wrong = not all(x.isfinite().all() for x in part.state_dict().values())
+            sound = all(x.isfinite().all() for x in part.state_dict().values())
         else:  # it keeps its own settings; moments shorter than weights would be written beyond
             part.load_state_dict({**part.state_dict(), "state": state["state"]})
-            wrong = not part.state or any(
-                m["step"].shape != ()
-                or {(x.shape, x.stride()) for x in (m["exp_avg"], m["exp_avg_sq"])}
-                != {(weight.shape, weight.stride())}
-                or any(x.isnan().any() for x in m.values())
-                for weight, m in part.state.items()
-            )
-        reason = "not finite, or of another shape" if wrong else None
-    except Exception as error:  # states can be wrong in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:100]
-    if reason:
-        fail(f"{path}: the weights do not fit its configuration ({reason})")
+            sound = len(part.state) > 0
+            for weight, moments in part.state.items():
+                like = dict(step=torch.zeros(()), exp_avg=weight, exp_avg_sq=weight)
+                for name, x in like.items():
+                    same = moments[name].shape == x.shape and moments[name].stride() == x.stride()
+                    sound = sound and same and not moments[name].isnan().any()
+        if not sound:
+            raise ValueError("not finite, or of another shape")
 
 
 def find_last(run_dir: Path) -> Path | None:
@@ -678,16 +666,14 @@ def beside(checkpoint: Path, name: str) -> Path:
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Of the processes that come here for the same folder one goes on; the others wait for it."""
-    if fcntl is None:
-        yield
-        return
-    stream = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
+    with contextlib.ExitStack() as at_end:
+        with contextlib.suppress(ImportError, OSError):  # Windows; a file system without locks
+            import fcntl
+
+            stream = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, stream)  # which gives the lock back
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(stream)  # which gives the lock back
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,19 +685,18 @@ def claim_folder(run_dir: Path) -> Any:
     with a clear line. The system gives the lock back when this process ends, however it ends."""
     if rank() != 0:
         return None
-    try:
+    with explained(f"cannot write to the run folder {run_dir}", ": choose another --out"):
         run_dir.mkdir(parents=True, exist_ok=True)
         stream = open(run_dir / ".lock", "a")  # whatever may be in it stays
-    except OSError as error:
-        fail(f"cannot write to the run folder {run_dir} ({error.strerror}): choose another --out")
     try:
+        import fcntl  # which Windows does not have
+
         # A lock of the process, not of the open file: data workers do not inherit it.
-        if fcntl is not None:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"another run is at work in {run_dir}: wait for it, or use --out FOLDER")
-    except OSError as error:
-        say(f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it")
+    except (ImportError, OSError) as error:
+        say(f"note: {run_dir} cannot be locked ({error}): start no second run in it")
     return stream
 
 
@@ -719,14 +704,10 @@ def require_own_folder(run_dir: Path, key: str) -> None:
     """Refuse a folder without checkpoints whose config.json or log.jsonl is not of a run: `key` is
     in the configuration of every run."""
     config, log = run_dir / "config.json", run_dir / "log.jsonl"
-    if any((run_dir / name).exists() for name in ("last.pt", "previous.pt")):
-        return
-    if (config.exists() or log.exists()) and not (
-        config.is_file() and f'"{key}"' in config.read_text(errors="replace")
-    ):
-        fail(
-            f"{run_dir} holds a {config.name} or {log.name} of something else: use another --out", 2
-        )
+    ours = config.is_file() and f'"{key}"' in config.read_text(errors="replace")
+    ours = ours or any((run_dir / name).exists() for name in ("last.pt", "previous.pt"))
+    if not ours and (config.exists() or log.exists()):
+        fail(f"{run_dir} holds a config.json or log.jsonl of something else: use another --out", 2)
 
 
 def start_over(run_dir: Path) -> None:
@@ -742,11 +723,9 @@ def cut_log(path: Path, step: int) -> None:
     if path.is_file():
         kept = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step and line.endswith("\n"):
                     kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue
         write_text(path, "".join(kept))
 
 
@@ -765,35 +744,33 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_parts(parts: Path, key: dict[str, Any]) -> Any:
-    """Make and lock the folder of finished batches; those of another command (`key`) are removed.
-    Returns the lock."""
+@contextlib.contextmanager
+def parts_folder(parts: Path, key: dict[str, Any]) -> Iterator[None]:
+    """The folder in which finished batches wait, locked; those of another command (`key`) are
+    removed. If the work inside is interrupted, all stays; at its end the folder goes, unless
+    something else is in it."""
     key_path, text = parts / "key.json", json.dumps(key, indent=1)
+
+    def empty() -> None:
+        for path in [*parts.glob(BATCHES + "*"), key_path]:
+            path.unlink(missing_ok=True)
+
     lock = claim_folder(parts)
     if rank() == 0:
         known = key_path.is_file() and key_path.read_bytes() == text.encode()
-        done = len(list(parts.glob(BATCHES)))
-        if known and done:
+        if (done := len(list(parts.glob(BATCHES)))) and known:
             say(f"going on: {done} batches are in {parts}")
-        elif not known:
-            if done:
-                say(f"note: {done} batches in {parts} are of another command, and are removed")
-            empty_parts(parts)
+        elif done:
+            say(f"note: {done} batches in {parts} are of another command, and are removed")
+        if not known:
+            empty()
             write_text(key_path, text)
     wait_for_all()
-    return lock
-
-
-def empty_parts(parts: Path) -> None:
-    """Empty the folder of finished batches of all that is ours."""
-    for path in [*parts.glob(BATCHES + "*"), parts / "key.json"]:
-        path.unlink(missing_ok=True)
-
-
-def remove_parts(parts: Path, lock: Any) -> None:
-    """Remove the folder of finished batches, unless something else is in it."""
-    empty_parts(parts)
-    lock.close()
-    (parts / ".lock").unlink()
-    if not any(parts.iterdir()):
-        parts.rmdir()
+    yield
+    if rank() == 0:
+        empty()
+        lock.close()
+        (parts / ".lock").unlink()
+        with contextlib.suppress(OSError):  # not empty: of the user
+            parts.rmdir()
+    wait_for_all()  # nobody reads the files before they are there

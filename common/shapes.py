@@ -1,5 +1,5 @@
-"""The built-in pictures, rendered on the fly: ten shapes, and the same with captions; pictures as
-numbers. What a dataset gives: the head of common/data.py.
+"""Pictures as numbers, what all datasets share, and the built-in pictures, rendered on the fly: ten
+shapes, and the same with captions. What a dataset gives: the head of common/data.py.
 """
 
 import colorsys
@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import hflip, pil_to_tensor
 
 from common.runs import fail
 
@@ -21,7 +21,7 @@ SUPERSAMPLE = 4  # pictures are drawn this many times too large, then averaged
 
 
 # --------------------------------------------------------------------------------------------------
-# Values
+# Values, and the base of all datasets
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -38,6 +38,32 @@ def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 [0, 255], rounded to the nearest, any shape; out of range is clamped."""
     # 127.5 x + 127.5 is the value, and cutting off 0.5 more rounds it.
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+class PictureDataset(Dataset):
+    """What is the same in all datasets. Each has its own `class_names`, `labels` and `picture`, and
+    with `places` for words `known` ones and a `caption`; if it `flips`, half of the training
+    pictures are mirrored."""
+
+    flips, places = False, 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int | Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        picture, flips = self.picture(index), self.flips and epoch is not None
+        if flips and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
+            picture = hflip(picture)
+        return to_tensor(picture), self.row(index, epoch)
+
+    def row(self, index: int, epoch: int | None = None) -> int | Tensor:
+        """The label of a picture."""
+        if self.places:
+            return caption_row(self.caption(index, epoch), self.known, self.places)
+        return int(self.labels[index])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +140,7 @@ def render_shape(
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-class ShapesDataset(Dataset):
+class ShapesDataset(PictureDataset):
     """Built-in labelled pictures: picture `index` is always the same, class index % 10."""
 
     def __init__(self, image_size: int, split: str = "train"):
@@ -122,21 +148,9 @@ class ShapesDataset(Dataset):
         self.class_names = tuple(SHAPES)
         self.labels = np.arange({"train": 50_000, "val": 2_000}[split]) % len(SHAPES)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: "int | tuple[int, int]") -> tuple[Tensor, int | Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (None, key)  # no picture is augmented
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return to_tensor(self.picture(index)), self.row(index, epoch)
-
     def picture(self, index: int) -> Image.Image:
         rng = np.random.default_rng((0 if self.split == "train" else 1, index))
         return render_shape(int(self.labels[index]), rng, self.image_size)
-
-    def row(self, index: int, epoch: int | None = None) -> int:
-        return int(self.labels[index])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,9 +235,6 @@ class CaptionedShapes(ShapesDataset):
 
     def picture(self, index: int) -> Image.Image:
         return render_described(*self.attributes(index), self.image_size)
-
-    def row(self, index: int, epoch: int | None = None) -> Tensor:
-        return caption_row(self.caption(index, epoch), self.known, self.places)
 
 
 def read_captions(picture: Path) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.runs import InputError, file_sha256, one_at_a_time
+from common.runs import InputError, explained, file_sha256, one_at_a_time
 
 # In place of a file: weights drawn at random, for tests and for measuring cost. They mean nothing.
 # The word has to be written out, so that no missing file can lead to it.
@@ -59,14 +59,14 @@ WEIGHT_FILES = {  # the keys are flags as well: --vgg FILE names a copy
 }
 
 
+class WeightsMissing(InputError):
+    """No usable weight file. The message is one line: what is wrong, and how to put it right."""
+
+
 def how_to_get(kind: str) -> str:
     """The end of every WeightsMissing line."""
     file = WEIGHT_FILES[kind]
-    return f"download {file.url} to {file.place}, or name a copy with --{kind} FILE"
-
-
-class WeightsMissing(InputError):
-    """No usable weight file. The message is one line: what is wrong, and how to put it right."""
+    return f"; download {file.url} to {file.place}, or name a copy with --{kind} FILE"
 
 
 def find_weights(kind: str, path: str | None = None) -> Weights:
@@ -83,25 +83,20 @@ def find_weights(kind: str, path: str | None = None) -> Weights:
         return RANDOM
     if path is not None:
         if not Path(path).is_file():
-            raise WeightsMissing(f"{path}: no such file; {how_to_get(kind)}")
+            raise WeightsMissing(f"{path}: no such file{how_to_get(kind)}")
         return Path(path)
     if not file.place.exists():
-        try:
+        problem = f"{file.filename} could not be downloaded"
+        with explained(problem, how_to_get(kind), WeightsMissing):
             file.place.parent.mkdir(parents=True, exist_ok=True)
             bar = os.environ.get("LOCAL_RANK", "0") == "0"  # one of a machine's processes shows it
             with one_at_a_time(file.place.parent):
                 if not file.place.exists():
                     torch.hub.download_url_to_file(file.url, str(file.place), file.sha256, bar)
-        except Exception as error:  # a network fails in many ways, and all mean the same here
-            reason = " ".join(str(error).split())
-            raise WeightsMissing(
-                f"{file.filename} could not be downloaded ({reason}); {how_to_get(kind)}"
-            ) from error
     elif not (digest := file_sha256(file.place)).startswith(file.sha256):
-        raise WeightsMissing(
-            f"{file.place} is broken or another file: sha256 {digest[:8]}..., expected "
-            f"{file.sha256[:8]}...; delete it, then {how_to_get(kind)}"
-        )
+        hashes = f"sha256 {digest[:8]}..., expected {file.sha256[:8]}..."
+        problem = f"{file.place} is broken or another file ({hashes}): delete it"
+        raise WeightsMissing(problem + how_to_get(kind))
     return file.place
 
 
@@ -115,17 +110,15 @@ def load_weights(
     """
     if weights == RANDOM:
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; CLIP's file is from 2021
-            try:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-            except RuntimeError:
-                state = torch.jit.load(weights, map_location="cpu").state_dict()
+    problem = f"{weights} is not a readable {WEIGHT_FILES[kind].filename}"
+    unreadable = explained(problem, how_to_get(kind), WeightsMissing)
+    with unreadable, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; CLIP's file is from 2021
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except RuntimeError:
+            state = torch.jit.load(weights, map_location="cpu").state_dict()
         module.load_state_dict(convert(state))
-    except Exception as error:  # a file can be wrong in many ways, and all mean the same here
-        name = WEIGHT_FILES[kind].filename
-        raise WeightsMissing(f"{weights} is not a readable {name}; {how_to_get(kind)}") from error
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import torch
 from conftest import write_pictures
 from PIL import Image
 
-from common import data, shapes
-from common.data import BrokenImage, StepSampler, open_dataset
+from common import data, runs, shapes
+from common.data import BrokenImage, open_dataset, step_batches
 from common.shapes import ShapesDataset
 
 # ------------------------------------------------------------------------------------ Built-in ones
@@ -136,6 +136,12 @@ def test_odd_pictures_are_read(tmp_path, name):
 # ---------------------------------------------------------------------------------- Broken pictures
 
 
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
+    Image.new("RGB", (201, 1)).save(tmp_path / "thread.png")
+    with pytest.raises(BrokenImage, match="thread.png.*over 200 times"):
+        open_dataset(str(tmp_path), 24)[0]
+
+
 def test_a_skipped_picture_has_a_fixed_neighbour_and_after_the_last_comes_the_first(tmp_path):
     write_pictures(tmp_path / "flat", 5)
     for name in ("2.png", "3.png", "4.png"):
@@ -166,8 +172,8 @@ def test_pictures_that_two_processes_met_are_too_many_together(monkeypatch, caps
     def all_gather_object(met, own):
         met[:] = own, {"cannot read b.png"}
 
-    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(data.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runs.dist, "all_gather_object", all_gather_object)
     broken = data.BrokenImages(1001)
     broken.add(["cannot read b.png"])
     assert broken.count_of_all() == 1  # the same one
@@ -180,7 +186,7 @@ def test_pictures_that_two_processes_met_are_too_many_together(monkeypatch, caps
 
 
 def test_sampler_shows_every_image_once_an_epoch_in_a_new_order():
-    batches = list(StepSampler(10, 4, range(4), range(10), seed=5))
+    batches = list(step_batches(10, 4, range(4), range(10), seed=5))
     entries = [entry for batch in batches for entry in batch]
     first, second = ([i for e, i in entries if e == epoch] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(10))
@@ -189,11 +195,11 @@ def test_sampler_shows_every_image_once_an_epoch_in_a_new_order():
 
 
 def test_sampler_can_start_anywhere_and_ranks_share_the_batch():
-    whole = list(StepSampler(10, 4, range(4), range(9), 5))
-    assert list(StepSampler(10, 4, range(4), range(3, 9), 5)) == whole[3:]
-    left, right = (list(StepSampler(10, 4, range(r, r + 2), range(9), 5)) for r in (0, 2))
+    whole = list(step_batches(10, 4, range(4), range(9), 5))
+    assert list(step_batches(10, 4, range(4), range(3, 9), 5)) == whole[3:]
+    left, right = (list(step_batches(10, 4, range(r, r + 2), range(9), 5)) for r in (0, 2))
     assert [a + b for a, b in zip(left, right, strict=True)] == whole
-    assert list(StepSampler(10, 4, range(4), range(9), 6)) != whole
+    assert list(step_batches(10, 4, range(4), range(9), 6)) != whole
 
 
 def test_a_grid_shows_eight_of_many_classes():

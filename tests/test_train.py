@@ -23,7 +23,7 @@ from conftest import (
 
 import losses
 import train
-from common.data import FolderDataset, StepSampler
+from common.data import FolderDataset, step_batches
 from common.runs import InputError, find_checkpoint
 from common.shapes import ShapesDataset
 
@@ -263,7 +263,7 @@ def test_a_run_is_the_plain_loop_written_out(tiny, tmp_path):
     training = train.JointTraining(model, NOTHING)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     dataset = FolderDataset(config.data, 16, "train", 3)
-    batches, lines = StepSampler(10, 8, range(8), range(4), 3), read_log(config.run_dir)
+    batches, lines = step_batches(10, 8, range(8), range(4), 3), read_log(config.run_dir)
     lr_and_nll = ((0.001, 0), (0.002, 0.0025), (0.002, 0.005), (0.001, 0.0075))
     for step, (batch, (lr, weight)) in enumerate(zip(batches, lr_and_nll, strict=True)):
         images, labels = zip(*(dataset[key] for key in batch), strict=True)
@@ -567,7 +567,7 @@ def test_phase_two_is_the_plain_step_written_out(phase_two, clip):
     torch.manual_seed(config.seed)
     train.MIMFlow(config)  # takes its random numbers before the discriminator does
     judge, model = losses.PatchDiscriminator(), train.load_checkpoint(config.init)
-    batch = next(iter(StepSampler(50_000, 8, range(8), range(1), config.seed)))
+    batch = next(iter(step_batches(50_000, 8, range(8), range(1), config.seed)))
     images = torch.stack([ShapesDataset(24)[key][0] for key in batch])
     draws = train.draw_randomness(config, 0, CPU)
     z = model.encoder(images, draws.mask) + config.sigma * draws.noise
