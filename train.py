@@ -538,8 +538,7 @@ class Player:
         self.module = self.forward = module
         # AdamW (Tab. 7), fused: only that obeys `found_inf`, by which `update` skips a step.
         weights, betas = [p for p in module.parameters() if p.requires_grad], (c.beta1, c.beta2)
-        settings = dict(lr=c.lr, betas=betas, eps=1e-8, weight_decay=c.weight_decay)
-        self.optimizer = torch.optim.AdamW(weights, **settings, fused=True)
+        self.optimizer = torch.optim.AdamW(weights, c.lr, betas, 1e-8, c.weight_decay, fused=True)
 
 
 def make_players(model: MIMFlow, frozen: FrozenNetworks, device: torch.device) -> list[Player]:

@@ -147,19 +147,16 @@ class Scripted(Frozen):
 
     def __init__(self, path: str, grid: int, side: int):
         super().__init__()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated, and has no heir yet:
-                # a program of torch.export is bound to a device and to one mode.
-                self.network = torch.jit.load(path, map_location="cpu")
+        bad = explained(f"{path} is no TorchScript that takes such pictures", "", InputError)
+        with bad, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated, and has no heir: a program of
+            # torch.export is bound to one device and mode
+            self.network = torch.jit.load(path, map_location="cpu")
             self.freeze()
             found = tuple(self(torch.zeros(2, 3, side, side)).shape)
-        except Exception as error:  # no TorchScript, or it fails in its own ways
-            reason = " ".join(str(error).split())[-200:]
-            raise InputError(f"{path} is no TorchScript that takes pictures: {reason}") from error
         if len(found) != 3 or found[:2] != (2, grid**2):
-            wanted = f"({', '.join(map(str, (2, grid**2)))}, channels)"
-            raise InputError(f"{path} gives {found} for 2 pictures of {side} pixels, not {wanted}")
+            problem = f"gives {found} for 2 pictures of {side} pixels"
+            raise InputError(f"{path} {problem}, not (2, {grid**2}, channels)")
         self.width = found[2]
 
     @torch.no_grad()
