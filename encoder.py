@@ -117,7 +117,7 @@ def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
     kind = angle.device.type  # float32 turns would make all float32
     if kind != "meta" and torch.is_autocast_enabled(kind):
         turns = turns.to(torch.get_autocast_dtype(kind))
-    return turns.unbind()
+    return turns.transpose(2, 5).contiguous().transpose(2, 5).unbind()  # in memory as q and k are
 
 
 # --------------------------------------------------------------------------------------------------
