@@ -72,9 +72,8 @@ def grid_coordinates(rows: int, cols: int) -> Tensor:
 def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     """The 2-D sine-cosine table (rows * cols, width): where learnable absolute positions start.
 
-    Amplitude 1, so that positions are as large as the patch embeddings beside them. Started at
-    the usual std 0.02, tokens cannot tell each other apart and training stalls for hundreds of
-    steps.
+    Amplitude 1, so that positions are as large as the patch embeddings beside them. Started at std
+    0.02, as usual, tokens look alike, and training stalls for hundreds of steps.
     """
     if width % 4:
         raise ValueError(f"width must be a multiple of 4 for 2-D positions, got {width}")
@@ -84,8 +83,7 @@ def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
 
 
 def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
-    """Initial 2-D rotary frequencies (2, heads, head_dim / 2): one (row, column) wave vector a
-    channel pair.
+    """Initial 2-D rotary frequencies (2, heads, head_dim / 2): a (row, column) wave vector a pair.
 
     "Mixed": each head's pairs point along two orthogonal directions, turned by an angle of the
     head's own, and all are learned, so that heads may attend along diagonals as well (RoPE-ViT,
@@ -101,23 +99,25 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (j, j + hd/2) of x (B, heads, T, hd); cos and sin are (heads, T, hd/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    """Turn channel pairs (j, j + hd/2), first and second half of queries and keys, by the angles of
+    one of `rotations`: x (B, 2, 2, heads, T, hd/2), cos and sin (2, 2, heads, T, hd/2)."""
+    return x * cos + (x * sin).flip(1)
 
 
 def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
-    """For each block cos and sin for the queries, then for the keys, of tokens at coordinates
-    (T, 2): (4, heads, T, hd/2). All at once: a block's angles alone keep no GPU busy."""
+    """For each block [cos, cos] and [sin, -sin], for queries and keys, of tokens at coordinates
+    (T, 2): (2, 2, 2, heads, T, hd/2). All at once: a block's angles alone keep no GPU busy."""
     rotary = torch.stack([block.attention.rotary for block in blocks])  # (depth, 2, heads, hd/2)
     row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
     # Written as products: in a matrix product autocast would round angles to bfloat16.
     angle = row * rotary[:, 0, :, None] + col * rotary[:, 1, :, None]  # (depth, heads, T, hd/2)
     turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)
+    cos, sin = turns.unflatten(1, (2, 2)).unbind(2)  # (depth, 2, heads, T, hd/2) each
+    turns = torch.stack((cos, cos, sin, -sin), dim=1).unflatten(1, (2, 2))
     kind = angle.device.type  # float32 turns would make all float32
     if kind != "meta" and torch.is_autocast_enabled(kind):
         turns = turns.to(torch.get_autocast_dtype(kind))
-    return turns.unbind()
+    return turns.transpose(2, 5).contiguous().transpose(2, 5).unbind()  # in memory as q and k are
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,10 +139,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """x (B, T, C) -> (B, T, C), queries and keys turned as one of `rotations` says, or not."""
         B, T, C = x.shape  # batch, tokens, width
-        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, hd) each
+        qk, v = self.qkv(x).view(B, T, 3, self.heads, 2, -1).split((2, 1), dim=2)
         if rotation is not None:
-            q, k = rotate(q, *rotation[:2]), rotate(k, *rotation[2:])
+            qk = rotate(qk.transpose(1, 4), *rotation).transpose(1, 4)
+        parts = (*qk.unbind(2), v.squeeze(2))  # (B, T, heads, 2, hd/2) each
+        q, k, v = (part.flatten(3).transpose(1, 2) for part in parts)  # (B, heads, T, hd) each
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, hd)
         return self.proj(out.transpose(1, 2).reshape(B, T, C))
 
@@ -221,8 +222,7 @@ class MaskedEncoder(nn.Module):
     def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """The K query outputs before the projection: what a linear probe reads (Sec. 4.1.1).
 
-        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None = see all. Returns
-        (B, K, C).
+        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None = all -> (B, K, C).
         """
         B, N = len(images), self.num_patches
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, C)

@@ -94,10 +94,8 @@ class CausalGatedAttention(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache: the T tokens after those in the cache."""
         B, T, hd = *x.shape[:2], self.head_dim  # batch, tokens, channels of a head
-        kind = x.device.type
-        if kind != "meta" and torch.is_autocast_enabled(
-            kind
-        ):  # once for both linear layers that read x
+        kind = x.device.type  # once for both linear layers that read x
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         qkv = self.qkv(x).view(B, T, 3, -1, hd)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, hd) each
@@ -244,9 +242,9 @@ class AutoregressiveBlock(nn.Module):
             h = torch.cat((self.prefix(labels), h), dim=1)  # (B, L + K, C)
         mu, alpha = self.predict(h)
         # Shift by one: token i gets what was predicted from all before it. Without a caption there
-        # is nothing before token 0, which passes unchanged.
-        mu, alpha = F.pad(mu[:, :-1], (0, 0, 1, 0)), F.pad(alpha[:, :-1], (0, 0, 1, 0))
-        mu, alpha = mu[:, -x.shape[1] :], alpha[:, -x.shape[1] :]  # (B, K, d)
+        # is nothing before token 0, which passes unchanged. Negative padding cuts off.
+        shift = (0, 0, 1 + x.shape[1] - h.shape[1], -1)
+        mu, alpha = F.pad(mu, shift), F.pad(alpha, shift)  # (B, K, d) each
         u = (x - mu) * torch.exp(-alpha)
         return self.order(u), -alpha.sum(dim=(1, 2))
 

@@ -207,9 +207,10 @@ class Perceptual(Frozen):
         x, y, total = self.lpips.scaling_layer(x), self.lpips.scaling_layer(y), 0.0
         for stage, head in zip(self.lpips.net.children(), self.lpips.lins, strict=True):
             x, y = stage(x), stage(y)  # (B, C, rows, cols)
-            units = (f * (f.norm(dim=1, keepdim=True) + 1e-10).reciprocal() for f in (x, y))
-            square = F.mse_loss(*units, reduction="none").mean(dim=(2, 3))  # (B, C)
-            total = total + square @ head.model[-1].weight.flatten()
+            # To root mean square 1 over channels: vectors sqrt(C) times those of unit length.
+            units = (F.rms_norm(f.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-20) for f in (x, y))
+            square = F.mse_loss(*units, reduction="none").sum(dim=(1, 2))  # (B, C)
+            total = total + square @ head.model[-1].weight.flatten() / x[0].numel()
         return total
 
 
@@ -320,13 +321,6 @@ class DINOv2(FrozenViT):
         return state
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): the GELU that OpenAI trained CLIP with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class CLIP(FrozenViT):
     """CLIP ViT-B/16's image tower (Radford et al. 2021): (B, grid^2, 768).
 
@@ -353,9 +347,11 @@ class CLIP(FrozenViT):
     def __init__(self, weights: Weights, grid: int = 16):  # 256-pixel images stay as they are
         super().__init__()
         self.norm_pre = nn.LayerNorm(self.width)
-        for block in self.blocks:
-            block.mlp[1] = QuickGELU()
         load_weights(self, "clip", weights, self.convert)
+        for block in self.blocks:  # its GELU, x * sigmoid(1.702 x), is silu(1.702 x) / 1.702
+            block.mlp[1] = nn.SiLU()
+            for x, factor in zip(block.mlp.parameters(), (1.702, 1.702, 1 / 1.702, 1), strict=True):
+                x.data *= factor
         self.freeze_at(grid, size=(grid, grid))  # no official rule; identity at 14
 
     def convert(self, state: State) -> State:

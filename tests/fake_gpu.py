@@ -211,7 +211,7 @@ class Recorder(TorchDispatchMode):
         if is_view or name in NO_KERNEL or not (made or read):
             return
         launches, lists = 1, [a for a in (*args, out) if isinstance(a, list | tuple) and a]
-        if name.startswith(("_foreach", "_fused")):
+        if name.startswith(("_foreach", "_fused_adam")):
             chunks = sum(x.numel() for x in lists[0]) / 65536
             most = PER_LAUNCH[min(len(lists), 5)]
             launches = max(math.ceil(len(lists[0]) / most), math.ceil(chunks / 320))

@@ -1,5 +1,7 @@
 """encoder.py: masks, rotary positions, attention and what the latents may depend on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import randomize
@@ -107,10 +109,13 @@ def test_rotary_attention_depends_on_relative_positions_only():
 
 
 def test_rotation_turns_channel_pairs_as_complex_numbers():
-    x, angle = torch.randn(2, 3, 5, 8).double(), torch.randn(3, 5, 4).double()
-    expected = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    expected = torch.cat((expected.real, expected.imag), dim=-1)
-    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), expected)
+    attention, coordinates = randomize(Attention(16, 2)).double(), torch.randn(5, 2).double()
+    angle = torch.einsum("tr, rhj -> htj", coordinates, attention.rotary)  # (heads, T, hd/2)
+    (rotation,) = rotations([SimpleNamespace(attention=attention)], coordinates)
+    x = torch.randn(3, 2, 2, 2, 5, 4).double()
+    expected = torch.complex(*x.unbind(1)) * torch.polar(torch.ones_like(angle), angle)
+    turned = rotate(x, *rotation)
+    torch.testing.assert_close(torch.complex(*turned.unbind(1)), expected)
 
 
 def test_query_tokens_are_not_rotated():
