@@ -111,7 +111,7 @@ def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
     row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
     # Written as products: in a matrix product autocast would round angles to bfloat16.
     angle = row * rotary[:, 0, :, None] + col * rotary[:, 1, :, None]  # (depth, heads, T, hd/2)
-    turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)
+    turns = torch.stack((angle.cos(), angle.sin(), angle.cos(), angle.sin()), dim=1)  # of q, of k
     cos, sin = turns.unflatten(1, (2, 2)).unbind(2)  # (depth, 2, heads, T, hd/2) each
     turns = torch.stack((cos, cos, sin, -sin), dim=1).unflatten(1, (2, 2))
     kind = angle.device.type  # float32 turns would make all float32
