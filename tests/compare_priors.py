@@ -34,12 +34,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not by pytest
 import judge  # noqa: E402
+from judge import distance, in_batches, real_latents  # noqa: E402
 
 import train  # noqa: E402
-from common.data import Pictures  # noqa: E402
 from common.shapes import SHAPES  # noqa: E402
 from emigm import draw_tokens, sampling_order  # noqa: E402
-from evaluate import frechet_distance, moments, training_step  # noqa: E402
+from evaluate import training_step  # noqa: E402
 
 FLAGS = {"B": [], "C": ["--prior", "emigm"]}  # what is trained on the frozen latents
 GUIDANCES, STEPS, BATCHES = (0.0, 1.0, 2.0), (1, 2, 4, 8, 16), (1, 8, 64)
@@ -62,22 +62,6 @@ def trained(base: Path, folder: Path, kind: str, seed: int, lr: str) -> train.MI
 
 
 @torch.no_grad()
-def real_latents(model: train.MIMFlow, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`num` validation pictures (n, 3, H, W), their latents z (n, K, d) as in training, labels."""
-    c, z, images = model.config, [], []
-    pictures = Pictures(None, c.image_size, "val")
-    # Picture i is a function of i, so that the validation split goes on behind its end.
-    pictures.numbers = np.arange(num)
-    pictures.labels = pictures.dataset.labels = pictures.numbers % len(SHAPES)
-    for first in range(0, len(pictures), 250):
-        batch, _, numbers = pictures[range(first, first + 250)]
-        draws = train.draws_of_pictures(c, numbers.tolist(), 0, torch.device("cpu"))
-        images.append(batch)
-        z.append(model.latents(batch, draws)[1])
-    return torch.cat(images), torch.cat(z), torch.from_numpy(pictures.labels)
-
-
-@torch.no_grad()
 def sample_latents(model: train.MIMFlow, num: int, w: float, batch: int = 250, **how) -> Tensor:
     """z (num, K, d) of samples 0 .. num - 1, sample i of class i mod 10."""
     c, z = model.config, []
@@ -93,16 +77,6 @@ def sample_latents(model: train.MIMFlow, num: int, w: float, batch: int = 250, *
             schedule = c.emigm_schedule
             z.append(model.emigm.sample(u, labels, w, schedule=schedule, order=order, **how))
     return torch.cat(z)
-
-
-@torch.no_grad()
-def in_batches(call, x: Tensor) -> Tensor:
-    return torch.cat([call(part) for part in x.split(250)])
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of rows."""
-    return frechet_distance(*moments(a.flatten(1).numpy()), *moments(b.flatten(1).numpy()))
 
 
 class Comparison:
