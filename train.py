@@ -806,10 +806,9 @@ def main(config: Config, overwrite: bool = False) -> None:
     on_cuda, dtype = device.type == "cuda", torch.get_default_dtype()
     steps, how = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
     loader = data.training_loader(dataset, c.batch_size, steps, c.seed, c.skip_bad_images, **how)
-    where = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
-    kind = "words" if c.caption_words else "classes"
-    what = f"{c.num_classes} {kind}; {count_parameters(model) / 1e6:.2f} M parameters; {where}"
-    say(f"{c.run_dir}: {len(dataset)} pictures, {what}")
+    plan = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
+    kind, size = "words" if c.caption_words else "classes", f"{count_parameters(model) / 1e6:.2f} M"
+    say(f"{c.run_dir}: {len(dataset)} pictures, {c.num_classes} {kind}; {size} parameters; {plan}")
     # The run folder changes only now that everything needed is there, and read by all processes.
     runs.require_same_step(start)
     if rank() == 0:
