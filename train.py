@@ -182,7 +182,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the numbers of its picture, and 256 patches: to hide small ones costs a picture least.
     "photos": dict(
         SMALL, image_size=64, num_workers=4, width=128, depth=3, num_latents=32, latent_dim=16,
-        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, nll_warmup=1000,
+        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, guidance=2.0, nll_warmup=1000,
         mask_warmup=1000, aux_width=256, steps=20_000, batch_size=32, lr=1e-3, ema=0.999,
     ),
     "mimflow-l": dict(num_classes=1000),
