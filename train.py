@@ -182,7 +182,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the numbers of its picture, and 256 patches: to hide small ones costs a picture least.
     "photos": dict(
         SMALL, image_size=64, num_workers=4, width=128, depth=3, num_latents=32, latent_dim=16,
-        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, nll_warmup=1000,
+        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, guidance=2.0, nll_warmup=1000,
         mask_warmup=1000, aux_width=256, steps=20_000, batch_size=32, lr=1e-3, ema=0.999,
     ),
     "mimflow-l": dict(num_classes=1000),
@@ -807,9 +807,9 @@ def main(config: Config, overwrite: bool = False) -> None:
     on_cuda, dtype = device.type == "cuda", torch.get_default_dtype()
     steps, how = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
     loader = data.training_loader(dataset, c.batch_size, steps, c.seed, c.skip_bad_images, **how)
-    where = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
-    what = f"{c.num_classes} classes; {count_parameters(model) / 1e6:.2f} M parameters; {where}"
-    say(f"{c.run_dir}: {len(dataset)} pictures, {what}")
+    plan = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
+    kind, size = "words" if c.caption_words else "classes", f"{count_parameters(model) / 1e6:.2f} M"
+    say(f"{c.run_dir}: {len(dataset)} pictures, {c.num_classes} {kind}; {size} parameters; {plan}")
     # The run folder changes only now that everything needed is there, and read by all processes.
     runs.require_same_step(start)
     if rank() == 0:

@@ -364,6 +364,8 @@ def training_loader(
     why pictures were skipped. One long pass, so that its workers live as long as the run."""
     share = batch_size // world_size()
     rows = range(rank() * share, (rank() + 1) * share)
+    # No more processes than cores: the four of `photos` would only draw a warning on a laptop.
+    settings["num_workers"] = min(settings["num_workers"], os.cpu_count() or 1)
     if settings["num_workers"]:
         settings |= dict(prefetch_factor=4, timeout=runs.TIMEOUT.total_seconds())
     return DataLoader(
