@@ -13,7 +13,8 @@ z, and z came from a half-hidden image and carries noise, so the decoder learns 
 denoise at once.
 
 Beside it, while phase 1 trains, stands one small auxiliary decoder for each frozen teacher, which
-must read the teacher's features of the whole image out of the same z (Sec. 3.3.1, Eq. 7):
+must read the teacher's features of the whole image, judged where it is hidden, out of the same z
+(Sec. 3.3.1, Eq. 7):
 
     z (B, K, d) -> linear over the token axis, K -> N -> (B, N, d) -> MLP -> features (B, N, C_t)
 """

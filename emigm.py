@@ -1,18 +1,19 @@
 """A second prior on the latent tokens: masked generation after eMIGM (arXiv 2503.07197).
 
 The flow writes tokens one by one, exactly; this prior writes several at a time, in any order, and
-has no density. "P" is its paper, whose sections and equations are cited here, "R" its release
-(ML-GSAI/eMIGM). Patches are masked, tokens are hidden or visible.
+has no density. "P" is its paper, whose sections and equations are cited here, the release is
+ML-GSAI/eMIGM. Patches are masked, tokens are hidden or visible.
 
     z (B, K, d), standardised; order (B, K), a random permutation: its first n are visible
-      | linear, + position; hidden tokens are dropped, as in MAE
+      | linear, + position; hidden tokens are as if dropped (MAE)
     [class x buffer, visible tokens] --encoder--> linear
       | a learnable mask token at each hidden place, + position
     [class x buffer, all K places] --decoder--> + position --> h (B, K, C), a feature a token
       | Head: an MLP, each token for itself
     v (B, K, d), the velocity that carries noise to the token, given what is visible
 
-Training is conditional flow matching of each hidden token, given the visible ones (Eq. 7, w = 1):
+Training is conditional flow matching of each hidden token, given the visible ones (Eq. 7). Frozen
+latents: it rewards those easy to predict, and no logdet keeps an encoder from shrinking them.
 
     t uniform in [t_min, 1]:   ceil(K gamma(t)) of K tokens are hidden                   (Sec. 4)
     x_tau = tau x + (1 - tau) eps,   eps ~ N(0, I),   tau uniform in [0, 1],   v = x - eps
@@ -39,9 +40,9 @@ from torch import Tensor
 
 from encoder import MLP, init_linear
 
-# R: 0.02; here: as in flow.py, because tokens that look alike do not learn for hundreds of steps.
+# release: 0.02; here: as in flow.py, because tokens that look alike learn nothing for long.
 EMBED_STD = 0.5  # initial std of positions, classes and mask token
-WAVES = 128  # cosines, and as many sines, that tell the head its time (R)
+WAVES = 128  # cosines, and as many sines, that tell the head its time (release)
 SCHEDULES = ("exp", "cosine", "linear", "log")
 ROUNDING = 1e-9  # cos(pi/2) is 6e-17: what is this little above a whole number is that number
 
@@ -68,8 +69,8 @@ def visible_slots(num_latents: int, schedule: str, t_min: float) -> int:
 
 def reveal_counts(num_latents: int, steps: int, schedule: str) -> list[int]:
     """Tokens revealed in each of `steps` steps, K at most, from t = 1 to t = 0: all >= 1, their sum
-    K. R: each hidden one with probability 1 - gamma(t_next) / gamma(t); here: the expected number,
-    because then each sample costs the same, and depends on none beside it."""
+    K. Release: each hidden one with probability 1 - gamma(t_next) / gamma(t); here: how many are
+    expected: each sample costs the same, and depends on none beside it."""
     steps = min(steps, num_latents)
     times = torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu") / steps  # 1 ... 0
     gamma, hidden = hidden_share(times, schedule), [num_latents]
@@ -101,10 +102,9 @@ def draw_tokens(
     repeats: int = 4,  # R, times and noises a token: the head is cheap beside the Transformer
     generator: torch.Generator | None = None,
 ) -> TokenDraws:
-    """Draw a training step's randomness for the GLOBAL batch, on the generator's device. R: one t
-    for a process; here: one a picture, each from another of B equal parts of [t_min, 1], because
-    small batches are less noisy so. R: t = max(U, 0.2); here: truncated as in P, because that puts
-    a fifth of all t at exactly 0.2."""
+    """Draw a training step's randomness for the GLOBAL batch, on the generator's device. Release:
+    one t for a process, max(U, 0.2), so a fifth of all t is exactly 0.2; here: one a picture, each
+    from another of B equal parts of [t_min, 1], truncated as in P: less noise in small batches."""
     how = dict(generator=generator, device=generator.device if generator is not None else None)
     # In this order: another one would draw other numbers, and every seed give another run.
     part = torch.randperm(batch, **how)  # shuffled: every process gets t of all kinds
@@ -147,7 +147,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-LayerNorm layer. R: dropout 0.1; here: none, because the caller draws what is random."""
+    """Pre-LayerNorm layer. Release: dropout 0.1; here: none, the caller draws what is random."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -264,8 +264,8 @@ class MaskedPrior(nn.Module):
     ) -> Tensor:
         """h (B, K, C): what the first `visible` tokens, (B,) or a number, of order (B, K) tell.
 
-        z (B, K, d), hidden tokens may hold anything; labels (B,), -1 = null. R: drops the hidden
-        tokens, as many in each picture; here: the first `slots` >= `visible` of `order` enter, with
+        z (B, K, d), hidden tokens may hold anything; labels (B,), -1 = null. Release: the hidden
+        dropped, as many in each picture; here: the first `slots` >= `visible` of `order` enter,
         hidden ones masked as keys, because shapes are then fixed, and each picture has its number.
         """
         (B, K, _), front = z.shape, self.buffer  # batch, tokens; class tokens in front
@@ -292,7 +292,7 @@ class MaskedPrior(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor, draws: TokenDraws, slots: int) -> Tensor:
         """L (B,) of latents z (B, K, d) and labels (B,), -1 = null; slots = V (`visible_slots`).
-        P: a sum over the hidden tokens; here: their mean, as in R, so that pictures weigh alike."""
+        P: a sum over the hidden tokens; here: the mean, as in the release: pictures weigh alike."""
         h = self.features(z, labels, draws.order, draws.visible, slots)
         # The head runs on visible tokens too, and their error is dropped: shapes never change.
         x = self.standardise(z)[:, None]  # (B, 1, K, d)

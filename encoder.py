@@ -99,13 +99,13 @@ def mixed_rotary_frequencies(heads: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (j, j + hd/2), first and second half of queries and keys, by the angles of
-    one of `rotations`: x (B, 2, 2, heads, T, hd/2), cos and sin (2, 2, heads, T, hd/2)."""
+    """Turn channel pairs (j, j + hd/2) of queries and keys by the angles of one of `rotations`:
+    x (B, 2, 2, heads, T, hd/2): halves, then q and k; cos and sin (2, 2, heads, T, hd/2)."""
     return x * cos + (x * sin).flip(1)
 
 
 def rotations(blocks: nn.ModuleList, coordinates: Tensor) -> tuple[Tensor, ...]:
-    """For each block [cos, cos] and [sin, -sin], for queries and keys, of tokens at coordinates
+    """For each block [cos, cos], [sin, -sin] of two halves, for q and k, of tokens at coordinates
     (T, 2): (2, 2, 2, heads, T, hd/2). All at once: a block's angles alone keep no GPU busy."""
     rotary = torch.stack([block.attention.rotary for block in blocks])  # (depth, 2, heads, hd/2)
     row, col = coordinates[:, :1], coordinates[:, 1:]  # (T, 1) each
@@ -222,7 +222,7 @@ class MaskedEncoder(nn.Module):
     def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """The K query outputs before the projection: what a linear probe reads (Sec. 4.1.1).
 
-        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None = all -> (B, K, C).
+        images (B, 3, H, W) in [-1, 1]; mask (B, N) bool, True = hidden, None: none is -> (B, K, C).
         """
         B, N = len(images), self.num_patches
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, C)

@@ -479,8 +479,8 @@ def probe(flags: Namespace) -> Stages:
 # Exact, not a bound. But of the latent z, not of the picture: these are not the bits/dim of pixel
 # models, and two models compare only if their latents do: 2 z costs one bit a number more than z,
 # and says the same. Densities can exceed 1, so bits can be negative; on average they cannot fall
-# below the entropy of the noise of Eq. 1, 0.5 log_2(2 pi e sigma^2) = 0.31 at sigma = 0.3. What
-# they fall by when the class is given is what the class tells the flow.
+# below the entropy of the noise of Eq. 1, 0.5 log_2(2 pi e sigma^2) = 0.31 at sigma = 0.3. A class
+# can tell log_2(classes) bits an image; what they fall by beyond that is the null class's error.
 
 
 def likelihood(flags: Namespace) -> Stages:

@@ -207,7 +207,7 @@ class Perceptual(Frozen):
         x, y, total = self.lpips.scaling_layer(x), self.lpips.scaling_layer(y), 0.0
         for stage, head in zip(self.lpips.net.children(), self.lpips.lins, strict=True):
             x, y = stage(x), stage(y)  # (B, C, rows, cols)
-            # To root mean square 1 over channels: vectors sqrt(C) times those of unit length.
+            # To root mean square 1 over channels: sqrt(C) times unit length, so squares C times.
             units = (F.rms_norm(f.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-20) for f in (x, y))
             square = F.mse_loss(*units, reduction="none").sum(dim=(1, 2))  # (B, C)
             total = total + square @ head.model[-1].weight.flatten() / x[0].numel()

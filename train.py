@@ -182,7 +182,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the numbers of its picture, and 256 patches: to hide small ones costs a picture least.
     "photos": dict(
         SMALL, image_size=64, num_workers=4, width=128, depth=3, num_latents=32, latent_dim=16,
-        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, nll_warmup=1000,
+        flow_width=192, flow_depths=(1, 1, 1, 5), flow_head_dim=32, guidance=2.0, nll_warmup=1000,
         mask_warmup=1000, aux_width=256, steps=20_000, batch_size=32, lr=1e-3, ema=0.999,
     ),
     "mimflow-l": dict(num_classes=1000),
@@ -203,7 +203,7 @@ EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
 # What --phase decoder changes in a preset (Tab. 7, right column).
 DECODER_PHASE: dict[str, dict[str, Any]] = {"mimflow-l": dict(epochs=2)} | dict.fromkeys(
     # paper: 0.05, beside LPIPS. Against MSE alone 0.005 already paints a grid of artefacts.
-    (LAPTOP, "photos"), dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001)
+    (LAPTOP, "photos", "captions"), dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001)
 )
 
 # Fields that may change when a run is continued; any other difference makes it another run.
@@ -434,9 +434,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 # They return the loss, what log.jsonl holds, the painted images; only the loss has a gradient.
 
 
-def paint(phase: nn.Module, images: Tensor, z: Tensor, draws: Draws) -> tuple[Any, Any, dict]:
+def paint(objective: nn.Module, images: Tensor, z: Tensor, draws: Draws) -> tuple[Any, Any, dict]:
     """D(z) (B, 3, H, W), its L_recon (Eq. 5) of both phases, (B,), and the terms for the log."""
-    model, frozen, c = phase.model, phase.frozen, phase.model.config
+    model, frozen, c = objective.model, objective.frozen, objective.model.config
     if c.freeze_autoencoder:  # the baseline's decoder has nothing to learn
         return None, 0.0, {}
     painted = model.decoder(z, draws.branch_scales)
@@ -477,8 +477,8 @@ class JointTraining(nn.Module):
             slots = visible_slots(c.num_latents, c.emigm_schedule, c.emigm_t_min)
             loss = model.emigm(z, labels, draws.tokens, slots).mean()
             return loss, {"loss": loss.detach(), "mu_std": mu_std}, None
-        # LPIPS needs 6 GB for a moment: before the flow has made as many. Without it the order is
-        # older runs', to the bit: gradients of z add up in it.
+        # The decoder goes first if there is LPIPS, which needs 6 GB for a moment, as the flow will.
+        # Else it goes last: gradients of z then add up as in older runs, to the bit.
         early = paint(self, images, z, draws) if self.frozen.perceptual is not None else None
         outputs, logdet = model.flow.intermediates(z, labels)  # u is the last output
         nll_square, nll_logdet = losses.flow_nll(outputs[-1], logdet)  # Eq. 4, (B,) each
@@ -807,9 +807,9 @@ def main(config: Config, overwrite: bool = False) -> None:
     on_cuda, dtype = device.type == "cuda", torch.get_default_dtype()
     steps, how = range(start, c.steps), dict(num_workers=c.num_workers, pin_memory=on_cuda)
     loader = data.training_loader(dataset, c.batch_size, steps, c.seed, c.skip_bad_images, **how)
-    where = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
-    what = f"{c.num_classes} classes; {count_parameters(model) / 1e6:.2f} M parameters; {where}"
-    say(f"{c.run_dir}: {len(dataset)} pictures, {what}")
+    plan = f"steps {start}..{c.steps} of {c.batch_size} on {world_size()} x {device}"
+    kind, size = "words" if c.caption_words else "classes", f"{count_parameters(model) / 1e6:.2f} M"
+    say(f"{c.run_dir}: {len(dataset)} pictures, {c.num_classes} {kind}; {size} parameters; {plan}")
     # The run folder changes only now that everything needed is there, and read by all processes.
     runs.require_same_step(start)
     if rank() == 0:

@@ -269,7 +269,7 @@ def check_data(data: str | None, image_size: int, places: int = 0) -> None:
     if not 0 < image_size <= 2**16:
         fail(f"--image-size must be from 1 to 65536, got {image_size}", 2)
     sets, broken = [open_dataset(data, image_size, places=places)], 0
-    has_val = data and sets[0].root != Path(data) and Path(data, "val").is_dir()
+    has_val = data and getattr(sets[0], "root", data) != Path(data) and Path(data, "val").is_dir()
     if has_val or isinstance(sets[0], NamedDataset):
         sets.append(open_dataset(data, image_size, "val", places=places))
     for dataset in sets:
@@ -364,6 +364,8 @@ def training_loader(
     why pictures were skipped. One long pass, so that its workers live as long as the run."""
     share = batch_size // world_size()
     rows = range(rank() * share, (rank() + 1) * share)
+    # No more processes than cores: the four of `photos` would only draw a warning on a laptop.
+    settings["num_workers"] = min(settings["num_workers"], os.cpu_count() or 1)
     if settings["num_workers"]:
         settings |= dict(prefetch_factor=4, timeout=runs.TIMEOUT.total_seconds())
     return DataLoader(

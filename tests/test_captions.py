@@ -374,6 +374,7 @@ def told(work, capsys, code: int = 2) -> str:
 
 def test_prompts_from_a_checkpoint_to_a_grid_and_what_is_refused(captions, tmp_path, capsys):
     train.main(replace(captions, steps=2))
+    assert "21 words; " in capsys.readouterr().out  # and not 21 classes
     path, out, lines = captions.run_dir / "model.pt", tmp_path / "x.npz", tmp_path / "prompts"
 
     def ask(*flags):

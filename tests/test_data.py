@@ -194,6 +194,13 @@ def test_sampler_shows_every_image_once_an_epoch_in_a_new_order():
     assert {e for e, _ in entries} == {0, 1, 2, 3}
 
 
+def test_there_are_no_more_workers_than_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for asked, got in ((0, 0), (1, 1), (9, 2)):
+        loader = data.training_loader(ShapesDataset(16), 4, range(1), 0, False, num_workers=asked)
+        assert loader.num_workers == got
+
+
 def test_sampler_can_start_anywhere_and_ranks_share_the_batch():
     whole = list(step_batches(10, 4, range(4), range(9), 5))
     assert list(step_batches(10, 4, range(4), range(3, 9), 5)) == whole[3:]
