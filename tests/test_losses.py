@@ -23,6 +23,7 @@ from common.weights import (
     RANDOM,
     WEIGHT_FILES,
     Frozen,
+    Scripted,
     WeightFile,
     WeightsMissing,
     find_weights,
@@ -541,6 +542,18 @@ def test_teachers_only_teach(name):
     features = teacher(torch.rand(2, 3, 32, 32, requires_grad=True) * 2 - 1)
     assert features.shape == (2, 4, teacher.width)
     assert not features.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_teacher_only_teaches(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(2), nn.Dropout(0.5))
+    torch.jit.script(network).save(str(tmp_path / "own.pt"))  # in training mode, as it was
+    teacher = Scripted(str(tmp_path / "own.pt"), 2, 32)
+    assert_frozen(teacher)
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    features = teacher(images)
+    assert not features.requires_grad and teacher.width == 16
+    torch.testing.assert_close(features, network.eval()(images).detach())
 
 
 def test_perceptual_only_measures_and_lets_the_gradient_through(perceptual):
