@@ -71,7 +71,7 @@ def test_a_dropped_caption_is_an_empty_one_to_the_bit(tiny):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_flow_without_captions_has_the_same_weights_as_ever():
+def test_a_flow_without_captions_has_the_same_weights_and_numbers_as_ever():
     def names(**changes) -> set[str]:
         return {name for name, _ in caption_flow(**changes).named_parameters()}
 
@@ -81,13 +81,19 @@ def test_a_flow_without_captions_has_the_same_weights_as_ever():
     assert outer == block
     assert names(caption_words=0) - plain == {f"blocks.{i}.class_embed" for i in range(3)}
     assert names() - plain == {"blocks.2.class_embed", "blocks.2.place"}
-    # And no random number is drawn for what is not there: sums of the weights and of what is drawn
-    # next, at commit 3f5c35a.
-    for classes, before in {0: (92.09757, -14.59992), 4: (99.01325, 1.47645)}.items():
+    # And no random number is drawn for what is not there: sums of the weights, of what is drawn
+    # next, of densities and of guided samples, at commit 3f5c35a.
+    unconditional = (92.09757, -14.59992, -73.02225, -8.96666)
+    four_classes = (99.01325, 1.47645, -58.46797, -10.81788)
+    for classes, before in {0: unconditional, 4: four_classes}.items():
         torch.manual_seed(3)
         flow = NormalizingFlow(6, 3, 16, (1, 2), 8, num_classes=classes)
         sums = [sum(float(p.detach().double().sum()) for p in flow.parameters())]
-        sums += [float(torch.randn(2, 6, 3).double().sum())]
+        z, labels = torch.randn(2, 6, 3), torch.tensor([classes - 1, -1])
+        flow, z = randomize(flow, 0.1).double(), z.double()
+        with torch.no_grad():
+            found = z, flow.log_prob(z, labels), flow.inverse(z, labels, guidance=0.5)
+        sums += [float(x.sum()) for x in found]
         assert sums == pytest.approx(before, abs=1e-4)
 
 
