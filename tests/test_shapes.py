@@ -17,7 +17,9 @@ place does not fit.
 import ast
 import re
 import sys
+import tempfile
 import tokenize
+import warnings
 from collections import defaultdict
 from dataclasses import replace
 from numbers import Integral
@@ -39,7 +41,7 @@ import train
 from common import data
 from common import shapes as built_in
 from common.inception import inception_features, load_inception
-from common.weights import RANDOM
+from common.weights import RANDOM, Scripted
 
 FILES = {path.stem: path for path in (*ROOT.glob("*.py"), *ROOT.glob("common/[a-z]*.py"))}
 SYMBOLS = (
@@ -523,6 +525,14 @@ def run_the_judges(checker: Checker, out: Path) -> None:
     checker.facts = {"": dict(B=3, N=4, g=2)}
     for name, teacher in losses.TEACHERS.items():
         teacher(*([] if name == "hog" else [RANDOM]), grid=2)(torch.randn(3, 3, 24, 24))
+    checker.facts = {"": dict(B=2, N=4)}
+    own = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 8, 8), torch.nn.Flatten(2)
+    )  # 4 patches, 9 channels
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.trace(own, torch.zeros(2, 3, 24, 24)).save(file.name)
+        Scripted(file.name, 2, 24)(torch.randn(2, 3, 24, 24))
 
 
 def run_the_measures(checker: Checker, out: Path) -> None:
