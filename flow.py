@@ -242,7 +242,7 @@ class AutoregressiveBlock(nn.Module):
             h = torch.cat((self.prefix(labels), h), dim=1)  # (B, L + K, C)
         mu, alpha = self.predict(h)
         # Shift by one: token i gets what was predicted from all before it. Without a caption there
-        # is nothing before token 0, which passes unchanged: a 0 in front; with one, L - 1 go there.
+        # is nothing before token 0, which passes unchanged: pad a 0; with L words, cut off L - 1.
         shift = (0, 0, 1 + x.shape[1] - h.shape[1], -1)
         mu, alpha = F.pad(mu, shift), F.pad(alpha, shift)  # (B, K, d) each
         u = (x - mu) * torch.exp(-alpha)

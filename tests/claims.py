@@ -2,12 +2,12 @@
 
     python tests/claims.py                   # trains and judges what is missing; hours on two cores
     python tests/claims.py --only "NLL 0.03" # the rows whose names hold one of these words
-    python tests/claims.py --table           # the table of what is there; trains nothing
+    python tests/claims.py --table           # table and plots of what is there; trains nothing
 
 Not collected by pytest. The paper hides 40-60 % of the patches and says that a flow of given size
 then models the latents better, so that samples get better. Every row of GRID is a setting of the
 built-in pictures, every arm of it a share of hidden patches; they share steps, data, sizes and
-seeds. One process a core trains (runs/claims/ROW/ARM-sSEED, continued if it was interrupted) and
+seeds. One process a core trains (runs/claims/ROW-ARM-sSEED, continued if it was interrupted) and
 judges by tests/judge.py: FD of samples (guidance 0), rFD of reconstructions, gap = FD - rFD, the
 share of samples of the right class; beside it the NLL of validation latents with their class (nats
 a latent number, without log(2 pi) / 2) and linear probes of the latents, pooled and flat.
