@@ -37,6 +37,7 @@ import train  # noqa: E402
 from evaluate import train_probes  # noqa: E402
 
 PICTURES = 2000  # judged in each run
+SEEDS = (0, 1, 2)
 MASKS = {"none": "0 0", "20-40 %": "0.2 0.4", "40-60 %": "0.4 0.6", "60-80 %": "0.6 0.8"}
 MASKS["0-80 %"] = "0 0.8"  # "mixed"; the paper gives no range
 
@@ -62,7 +63,6 @@ class Row(NamedTuple):
     name: str
     flags: str
     arms: tuple[str, ...] = ("none", "40-60 %")
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 GRID = [Row(f"NLL {w}, flow 2 x 32", f"{FLOWS['2 x 32']} --nll-weight {w}") for w in NLL_WEIGHTS]
@@ -78,10 +78,13 @@ GRID += [
     Row("K 48", f"{BEST} --num-latents 48"),
     Row("sigma 0.2", f"{BEST} --sigma 0.2"),
     Row("sigma 0.5", f"{BEST} --sigma 0.5"),
-    Row("teacher", f"{BEST} --teachers TEACHER --teacher-weight 0.3"),
+    Row("teacher 0.3", f"{BEST} --teachers TEACHER --teacher-weight 0.3"),
+    Row("teacher 1", f"{BEST} --teachers TEACHER"),  # the paper's weight
     Row("MIM weight 5", f"{BEST} --mim-weight 5", ("40-60 %",)),
     Row("MIM weight 10", f"{BEST} --mim-weight 10", ("40-60 %",)),
     Row("other ratios", BEST, ("20-40 %", "60-80 %", "0-80 %")),
+    # goes on from GRID[1], whose flags are BEST alone
+    Row("phase 2", f"{BEST} --phase decoder --init BEST_RUN --steps 600 --mask-warmup 0"),
 ]
 
 
@@ -98,6 +101,8 @@ class Run(NamedTuple):
         flags = f"{SETTING} {self.row.flags} --mask-ratio {MASKS[self.arm]} --seed {self.seed}"
         if "TEACHER" in flags:
             flags = flags.replace("TEACHER", str(teacher_file(self.folder.parent, SIZE, PATCHES)))
+        best = run_folder(self.folder.parent, GRID[1], self.arm, self.seed)
+        flags = flags.replace("BEST_RUN", str(best / "model.pt"))
         return [*flags.split(), "--out", str(self.folder)]
 
 
@@ -204,7 +209,7 @@ def cell(values: list[float]) -> str:
 
 def collect(row: Row, arm: str, folder: Path) -> dict[str, list[float]]:
     """key of judged.json -> its values over the seeds that are there."""
-    files = (run_folder(folder, row, arm, seed) / "judged.json" for seed in row.seeds)
+    files = (run_folder(folder, row, arm, seed) / "judged.json" for seed in SEEDS)
     found = [json.loads(path.read_text()) for path in files if path.exists()]
     return {key: [one[key] for one in found] for key in (found[0] if found else ())}
 
@@ -263,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/claims")
     parser.add_argument("--only", nargs="+", default=[""], help="words in the names of rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--table", action="store_true", help="print what is there")
     parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)  # what a run calls itself
     options = parser.parse_args()
@@ -271,9 +277,9 @@ def main() -> None:
     rows = [row for row in GRID if any(word in row.name for word in options.only)]
     runs = [
         Run(row, arm, seed, run_folder(options.folder, row, arm, seed))
+        for seed in options.seeds  # outermost: the whole map first, then its spread
         for row in rows
         for arm in row.arms
-        for seed in row.seeds
     ]
     if not options.table:
         the_judge(options.folder, SIZE)  # before two processes want it
