@@ -788,6 +788,11 @@ def cost(flags: Namespace) -> Stages:
     protocol["multiply_adds"] = "for one image, matrix products, attention and convolutions"
     protocol["weights"] = weights
     if not flags.no_timing:
+        if flags.device.type == "cpu" and not c.freeze_autoencoder:
+            # Weights, gradients, moments; of every layer some 16 activations of its width a token.
+            values = 2 * c.depth * (c.grid**2 + c.num_latents) * c.width
+            values += sum(c.flow_depths) * c.num_latents * c.flow_width
+            runs.require_memory(16 * count_parameters(model) + 64 * values * flags.batch_size)
         numbers |= time_all(model, flags)
         protocol |= {"training": dtype, "sampling": f"{dtype}; jacobi float32"}
         protocol |= {"tokens": "guidance 0", "threads": torch.get_num_threads()}

@@ -313,6 +313,7 @@ COMMANDS = [  # a command, what its line says: exit code 2
     ("evaluate.py likelihood run/model.pt --num 1000000000", "pictures asked for"),
     ("evaluate.py likelihood run/model.pt --num-workers 1000000", "--num-workers"),
     ("evaluate.py map run/model.pt --out run/model.pt", "must end in .png"),
+    ("evaluate.py cost run/model.pt --device cpu --batch-size 1000000000", "GB at least"),
     ("evaluate.py map run/model.pt --out pics/cat/0.png --data pics", "would be lost"),
     ("evaluate.py reconstruction run/model.pt --mask-ratio 1 0", "LOW <= HIGH"),
     ("evaluate.py probe run/model.pt --epochs 1000000000000000000000", "below 2^31"),
