@@ -253,7 +253,7 @@ def main() -> None:
     jacobi_sweeps(options.checkpoint, options.runs)
     print("\n## Training and sampling")
     cost_report(f"{options.checkpoint} --compile", training=True)
-    cost_report("--preset mimflow-l --batches 1 --runs 3", training=False)
+    cost_report("--preset mimflow-l --batches 1 --runs 3 --batch-size 1", training=False)
     print(
         f"\nLoad of the machine (1 minute) before and after: {load:.1f}, {os.getloadavg()[0]:.1f}."
     )
