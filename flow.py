@@ -42,7 +42,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)  # a fresh softplus flow is the identity
+SCALES = {  # what the network says -> alpha, the log of the scale; 0 -> 0: a fresh one is 1
+    "exp": lambda a: a,
+    "softplus": lambda a: F.softplus(a + math.log(math.e - 1)).log(),  # STARFlow's
+}
 EMBED_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
 DEEP_WINDOW = 32  # tokens of the deep block that `jacobi` works on at a time; all, in the others
 FAR = 1e8  # no token of a working flow is this large; its square is still finite in float32
@@ -230,9 +233,7 @@ class AutoregressiveBlock(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer(h, cache, i)
         mu, alpha = at_least_float32(self.proj_out(h)).chunk(2, dim=-1)
-        if self.scale == "softplus":  # STARFlow's scale; alpha stays its logarithm
-            alpha = F.softplus(alpha + INVERSE_SOFTPLUS_OF_1).log()
-        return mu, alpha
+        return mu, SCALES[self.scale](alpha)
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, K, d), labels or captions -> u (B, K, d) and logdet (B,) in nats."""
@@ -377,8 +378,8 @@ class NormalizingFlow(nn.Module):
         caption_words: int = 0,  # L, words of a caption; 0 = labels. num_classes = words there are
     ):
         super().__init__()
-        if scale not in ("exp", "softplus"):
-            raise ValueError(f'scale must be "exp" or "softplus", got "{scale}"')
+        if scale not in SCALES:
+            raise ValueError(f'scale must be one of {", ".join(SCALES)}, got "{scale}"')
         self.num_latents, self.latent_dim, self.num_classes = num_latents, latent_dim, num_classes
         self.caption_words = caption_words
         sizes = (num_latents, latent_dim, width)

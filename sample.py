@@ -222,7 +222,7 @@ def sample_parts(model: MIMFlow, classes: list, options: Namespace, parts: Path)
         taken = time.perf_counter() - start
         pictures = sum(len(batches[j]) for j in mine)
         say(f"{pictures} pictures in {taken:.1f} s, {pictures / taken:.1f} a second here")
-        if options.sampler == "jacobi":
+        if options.sampler != "sequential":
             mean = ", ".join(f"{sweeps[block] / len(mine):.1f}" for block in sorted(sweeps)[::-1])
             say(f"sweeps a batch, deep block first: {mean}; token by token: {steps} each")
     wait_for_all()
@@ -337,7 +337,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     options = parser.parse_args(arguments)
     if (options.evaluations or 0) % 2:
         parser.error("--evaluations must be even: two are a step of the midpoint rule")
-    if options.cuda_graph and options.sampler == "jacobi":
+    if options.cuda_graph and options.sampler != "sequential":
         parser.error("--cuda-graph is for --sampler sequential: jacobi asks the GPU each sweep")
     return options
 

@@ -51,7 +51,7 @@ from common.shapes import from_uint8
 from decoder import AuxiliaryDecoder, Decoder, drop_path_scales
 from emigm import SCHEDULES, MaskedPrior, TokenDraws, draw_tokens, visible_slots
 from encoder import MaskedEncoder, random_mask
-from flow import NormalizingFlow
+from flow import SCALES, NormalizingFlow
 from losses import TEACHERS, DiscriminatorTraining, FrozenNetworks, PatchDiscriminator, Perceptual
 
 FITTED = 2048  # pictures from which the second prior learns mean and std of the latents
@@ -98,7 +98,7 @@ class Config:
     flow_depths: tuple[int, ...] = option((2,) * 7 + (20,), "layers a block", (1, 1000), nargs="+")
     flow_head_dim: int = option(64, "size of an attention head of the flow", POSITIVE)
     gated: bool = option(True, "gated attention (Tab. 1)")
-    scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=("exp", "softplus"))
+    scale: str = option("exp", "scale of the affine map (Tab. 1)", choices=SCALES)
     # The second prior (emigm.py), in place of the flow, on the latents of a frozen autoencoder
     prior: str = option("flow", "or emigm, without density", choices=("flow", "emigm"))
     emigm_width: int = option(1024, "channels of its Transformer", POSITIVE)
@@ -532,20 +532,23 @@ class DecoderTraining(nn.Module):
 
 class Player:
     """An objective with its optimizer; phase 1 has one, phase 2 two that play against each other.
-    `forward` is what the loop calls: the module, or what `distribute` has wrapped around it."""
+    `forward` is what the loop calls, the module or what `distribute` has wrapped around it; `saved`
+    what last.pt keeps: networks of its `own`, and the optimizer, as NAMEoptimizer."""
 
-    def __init__(self, module: nn.Module, c: Config):
+    def __init__(self, module: nn.Module, c: Config, name: str = "", **own: nn.Module):
         self.module = self.forward = module
         # AdamW (Tab. 7), fused: only that obeys `found_inf`, by which `update` skips a step.
         weights, betas = [p for p in module.parameters() if p.requires_grad], (c.beta1, c.beta2)
         self.optimizer = torch.optim.AdamW(weights, c.lr, betas, 1e-8, c.weight_decay, fused=True)
+        self.saved = {f"{name}optimizer": self.optimizer, **own}
 
 
 def make_players(model: MIMFlow, frozen: FrozenNetworks, device: torch.device) -> list[Player]:
     """The objectives of the configured phase, on the device of the model."""
     c = model.config
     if c.phase == "joint":
-        return [Player(JointTraining(model, frozen).to(device), c)]
+        joint = JointTraining(model, frozen).to(device)
+        return [Player(joint, c, auxiliary=joint.auxiliary)]
     if not c.gan_weight:
         return [Player(DecoderTraining(model, frozen), c)]
     # channels_last is the layout in which bfloat16 convolutions are fastest on a GPU.
@@ -554,7 +557,8 @@ def make_players(model: MIMFlow, frozen: FrozenNetworks, device: torch.device) -
     if device.type == "cuda" and world_size() > 1:
         discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
     painter = DecoderTraining(model, frozen, discriminator)
-    return [Player(painter, c), Player(DiscriminatorTraining(discriminator), c)]
+    judge = DiscriminatorTraining(discriminator)
+    return [Player(painter, c), Player(judge, c, "discriminator_", discriminator=discriminator)]
 
 
 def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -613,7 +617,7 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
     norms = [nn.utils.clip_grad_norm_(p.module.parameters(), config.grad_clip) for p in players]
     not_finite = 1 - torch.stack(norms).isfinite().all().float()
     for optimizer in (player.optimizer for player in players):
-        optimizer.param_groups[0]["lr"] = lr  # the only group
+        optimizer.param_groups[0]["lr"] = float(lr)  # the only group
         optimizer.found_inf = not_finite
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -633,13 +637,8 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
 
 def saved_parts(model: MIMFlow, ema: MIMFlow, players: list[Player]) -> dict[str, Any]:
     """What a step changes and the next one needs, by its name in last.pt (counts apart)."""
-    parts = {"model": model, "ema": ema, "optimizer": players[0].optimizer}
-    if model.config.phase == "joint":
-        parts["auxiliary"] = players[0].module.auxiliary
-    for opponent in players[1:]:
-        parts["discriminator"] = opponent.module.discriminator
-        parts["discriminator_optimizer"] = opponent.optimizer
-    return parts
+    saved = [part for player in players for part in player.saved.items()]
+    return {"model": model, "ema": ema, **dict(saved)}
 
 
 def save(parts: dict[str, Any], step: int, skipped: int) -> None:

@@ -269,7 +269,7 @@ def check_data(data: str | None, image_size: int, places: int = 0) -> None:
     if not 0 < image_size <= 2**16:
         fail(f"--image-size must be from 1 to 65536, got {image_size}", 2)
     sets, broken = [open_dataset(data, image_size, places=places)], 0
-    has_val = data and getattr(sets[0], "root", data) != Path(data) and Path(data, "val").is_dir()
+    has_val = data and sets[0].root != Path(data) and Path(data, "val").is_dir()
     if has_val or isinstance(sets[0], NamedDataset):
         sets.append(open_dataset(data, image_size, "val", places=places))
     for dataset in sets:
@@ -394,7 +394,7 @@ class Pictures(Dataset):
     ):
         self.split, self.dataset = split, open_dataset(data, size, split, places=places)
         self.source = "the built-in pictures" if data is None else str(data)
-        self.root = getattr(self.dataset, "root", split)  # one and the same for several splits?
+        self.root = self.dataset.root  # one and the same for several splits?
         self.class_names, self.labels = tuple(self.dataset.class_names), self.dataset.labels
         count = len(self.dataset)
         if num is not None and num > count:

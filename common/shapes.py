@@ -144,7 +144,7 @@ class ShapesDataset(PictureDataset):
     """Built-in labelled pictures: picture `index` is always the same, class index % 10."""
 
     def __init__(self, image_size: int, split: str = "train"):
-        self.image_size, self.split = image_size, split
+        self.image_size, self.split, self.root = image_size, split, split
         self.class_names = tuple(SHAPES)
         self.labels = np.arange({"train": 50_000, "val": 2_000}[split]) % len(SHAPES)
 
