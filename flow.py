@@ -143,8 +143,10 @@ class Guidance(NamedTuple):
 
     w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w. With
     rule "tarflow" (default) the conditional prediction is extrapolated, alpha += w_i (alpha -
-    alpha_null) and likewise mu; with "starflow" it is p_c^(1 + w_i) / p_null^w_i, a Gaussian if
-    t > 0, which s <= 1 makes sure of:
+    alpha_null) and likewise mu; with "starflow" the token comes from p_c^(1 + w_i) / p_null^w_i.
+    In a product of Gaussians precisions exp(-2 alpha) add up, and means weighted by them. With the
+    precision of the class as the unit, s is that of the null class and t that of the product, which
+    is a Gaussian if t > 0: hence s is kept at 1 at most.
         s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w_i - w_i s
         alpha = alpha_c - log(t) / 2,               mu = ((1 + w_i) mu_c - w_i s mu_null) / t
     """
