@@ -19,8 +19,8 @@ latents: it rewards those easy to predict, and no logdet keeps an encoder from s
     x_tau = tau x + (1 - tau) eps,   eps ~ N(0, I),   tau uniform in [0, 1],   v = x - eps
     L = mean over the hidden tokens x and their d numbers of  (v_head(x_tau, tau, h) - v)^2
 
-    sampling:   all hidden; each of S steps reveals a few places of `order`, later ones more, for
-                good: dx/dtau = v_head(x, tau, h) from u at tau = 0 to the token at tau = 1
+    sampling:   all hidden; each of S steps reveals the next places of `order` and keeps them, few
+                at first: dx/dtau = v_head(x, tau, h) from u at tau = 0 to the token at tau = 1
     guidance:   v = v_class + w (v_class - v_null), in the steps of an interval only   (Sec. 5.3)
 
 Tokens of one step are independent, given those before: S = K is an exact chain rule; fewer steps

@@ -480,7 +480,7 @@ def probe(flags: Namespace) -> Stages:
 # models, and two models compare only if their latents do: 2 z costs one bit a number more than z,
 # and says the same. Densities can exceed 1, so bits can be negative; on average they cannot fall
 # below the entropy of the noise of Eq. 1, 0.5 log_2(2 pi e sigma^2) = 0.31 at sigma = 0.3. A class
-# can tell log_2(classes) bits an image; what they fall by beyond that is the null class's error.
+# can tell log_2(classes) bits an image; where it saves more, the null class is at fault.
 
 
 def likelihood(flags: Namespace) -> Stages:

@@ -17,9 +17,10 @@ Causality makes the Jacobian triangular: its determinant is the product of the e
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
 x_{i-1} first, so sampling goes token by token, with a key-value cache; or it iterates over many
 tokens at once, to the same result (`jacobi`). Blocks alternate the token order (forward, backward,
-...): one transforms a token given all before it, the next given all after it. Seven shallow
-blocks and a deep one ("deep-shallow"): the deep one, inverted first, does nearly all the work and
-alone is guided (App. A), so that only there each token is predicted twice.
+...): one transforms a token given all before it, the next given all after it. A block alone makes
+each token a Gaussian given those before it; several make more of it. Of eight the last is deep and
+does nearly all the work ("deep-shallow"). So guidance, which predicts each token twice, is only
+there (App. A), where sampling begins.
 
 Captions are what STARFlow has and the paper leaves to future work (Sec. 5): here without a text
 encoder. A caption is a row of L words, and a prefix that the deep block reads before the latent:
@@ -42,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SCALES = {  # what the network says -> alpha, the log of the scale; 0 -> 0: a fresh one is 1
+SCALES = {  # what the network says -> alpha, log of the scale; 0 -> 0: a fresh block is z -> z
     "exp": lambda a: a,
     "softplus": lambda a: F.softplus(a + math.log(math.e - 1)).log(),  # STARFlow's
 }
@@ -146,7 +147,7 @@ class Guidance(NamedTuple):
     alpha_null) and likewise mu; with "starflow" the token comes from p_c^(1 + w_i) / p_null^w_i.
     In a product of Gaussians precisions exp(-2 alpha) add up, and means weighted by them. With the
     precision of the class as the unit, s is that of the null class and t that of the product, which
-    is a Gaussian if t > 0: hence s is kept at 1 at most.
+    is a Gaussian if t > 0: s is kept at 1 at most, and so t >= 1 (there the rule is no product).
         s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w_i - w_i s
         alpha = alpha_c - log(t) / 2,               mu = ((1 + w_i) mu_c - w_i s mu_null) / t
     """
@@ -333,13 +334,13 @@ def jacobi(
     """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
 
     A sweep puts a guess of x into the right-hand side of x_i = u_i * exp(alpha_i) + mu_i for all
-    tokens of a window. A token is solved when no token before it has just changed by more than
-    `tolerance`, in any picture of the batch; the window then begins after it. That is one token a
-    sweep at least, so K - 1 sweeps always suffice; `watch` is told each sweep's.
-    Tolerance 0 is exact, but rounding alone can keep numbers changing; otherwise errors of about
-    `tolerance` enter, and mostly far fewer sweeps are needed. That paper: fixed segments; here: a
-    window that moves on with what is solved, because it needs no bound on the sweeps and repeats no
-    solved token.
+    tokens of a window. It solves the first one, as all before the window are solved, and goes on
+    solving the next one while all before that have changed by at most `tolerance`, in every picture
+    of the batch. The window then begins after them, so K - 1 sweeps always suffice; `watch` is told
+    how many each has solved. Tolerance 0 is the sequential result, but may wait for mere rounding;
+    a larger one is off by about itself, mostly after far fewer sweeps. That paper: fixed segments;
+    here: a window that moves on with what is solved, because it needs no bound on the sweeps and
+    repeats no solved token.
     """
     x = u.clone()  # token 0 is solved; for the others u is a guess
     inputs, outputs, u_next = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1

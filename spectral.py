@@ -14,7 +14,7 @@ automatic differentiation: J v from a JVP, J^T u from a VJP. With A = J^T J, fro
 lambda is the smallest eigenvalue of A + eps I; lambda - eps is then v^T A v, which is what is
 computed here, so that the shift only helps the solver and never enters a value.
 
-Two deviations remember more and do not change the limit: dozens of products instead of thousands.
+Two deviations keep more vectors; the limit is the same, in dozens of products, not thousands.
 1. Eq. 9 and 10 keep the last vector only, and crawl when two extreme values nearly coincide. Here
    all iterates stay, and v_k is their best combination (Rayleigh-Ritz; for Eq. 9, Lanczos' method).
 2. Conjugate gradients lose their conjugacy to rounding when A is ill-conditioned. Here old search

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
         --init runs/mimflow-l/model.pt --data /path/to/imagenet
 
-Phase 1 (`JointTraining`), encoder, flow and decoder together, nothing detached:
+Phase 1 (`JointTraining`), encoder, flow and decoder together; gradients of all losses reach z:
 
     images (B,3,H,W), mask (B,N) --encoder--> mu (B,K,d) --+ sigma*eps--> z (B,K,d)      Eq. 1
     z, labels --flow--> u (B,K,d), logdet (B,)                        -> L_NLL           Eq. 4
@@ -532,8 +532,8 @@ class DecoderTraining(nn.Module):
 
 class Player:
     """An objective with its optimizer; phase 1 has one, phase 2 two that play against each other.
-    `forward` is what the loop calls, the module or what `distribute` has wrapped around it; `saved`
-    what last.pt keeps: networks of its `own`, and the optimizer, as NAMEoptimizer."""
+    `forward` is what the loop calls, the module or what `distribute` has wrapped around it. `saved`
+    goes into last.pt: networks of its `own` as named there, the optimizer as {name}optimizer."""
 
     def __init__(self, module: nn.Module, c: Config, name: str = "", **own: nn.Module):
         self.module = self.forward = module
@@ -834,7 +834,7 @@ def main(config: Config, overwrite: bool = False) -> None:
         update_ema(ema, model, c.ema, step)  # after a skipped step too: towards what stood still
         skipped.add(not_finite)
         if device.type == "cpu" or done % c.log_every == 0 or at_end:
-            skipped.tell(done, last)
+            skipped.tell(done, last)  # ten in a row end the run
         bar.update()
 
         # Log, sample, save; a signal saves too, and ends the run.
