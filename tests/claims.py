@@ -183,11 +183,6 @@ def judge_run(folder: Path) -> None:
     log_p = judge.in_batches(lambda z, y: model.flow.log_prob(z, y), z, labels)
     nll = -log_p.mean().item() / z[0].numel() - 0.5 * float(np.log(2 * np.pi))
     found |= {"nll": nll, "gap": found["fd_0"] - found["fd_r"], **probes(model)}
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found |= {
-        "mu_std": lines[-1]["mu_std"],
-        "ms": float(np.median([x["ms_per_step"] for x in lines])),
-    }
     (folder / "judged.json").write_text(json.dumps(found, indent=1))
 
 
