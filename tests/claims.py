@@ -63,6 +63,7 @@ class Row(NamedTuple):
     name: str
     flags: str
     arms: tuple[str, ...] = ("none", "40-60 %")
+    before: str = ""  # the row whose models it goes on from, in phase 2
 
 
 GRID = [Row(f"NLL {w}, flow 2 x 32", f"{FLOWS['2 x 32']} --nll-weight {w}") for w in NLL_WEIGHTS]
@@ -83,8 +84,7 @@ GRID += [
     Row("MIM weight 5", f"{BEST} --mim-weight 5", ("40-60 %",)),
     Row("MIM weight 10", f"{BEST} --mim-weight 10", ("40-60 %",)),
     Row("other ratios", BEST, ("20-40 %", "60-80 %", "0-80 %")),
-    # goes on from GRID[1], whose flags are BEST alone
-    Row("phase 2", f"{BEST} --phase decoder --init BEST_RUN --steps 600 --mask-warmup 0"),
+    *(Row(f"phase 2 of {row.name}", row.flags, before=row.name) for row in GRID[:3]),
 ]
 
 
@@ -101,8 +101,9 @@ class Run(NamedTuple):
         flags = f"{SETTING} {self.row.flags} --mask-ratio {MASKS[self.arm]} --seed {self.seed}"
         if "TEACHER" in flags:
             flags = flags.replace("TEACHER", str(teacher_file(self.folder.parent, SIZE, PATCHES)))
-        best = run_folder(self.folder.parent, GRID[1], self.arm, self.seed)
-        flags = flags.replace("BEST_RUN", str(best / "model.pt"))
+        if self.row.before:
+            first = run_folder(self.folder.parent, self.row.before, self.arm, self.seed)
+            flags += f" --phase decoder --init {first}/model.pt --steps 600 --mask-warmup 0"
         return [*flags.split(), "--out", str(self.folder)]
 
 
@@ -204,7 +205,7 @@ def cell(values: list[float]) -> str:
 
 def collect(row: Row, arm: str, folder: Path) -> dict[str, list[float]]:
     """key of judged.json -> its values over the seeds that are there."""
-    files = (run_folder(folder, row, arm, seed) / "judged.json" for seed in SEEDS)
+    files = (run_folder(folder, row.name, arm, seed) / "judged.json" for seed in SEEDS)
     found = [json.loads(path.read_text()) for path in files if path.exists()]
     return {key: [one[key] for one in found] for key in (found[0] if found else ())}
 
@@ -247,7 +248,7 @@ def samples_side_by_side(row: Row, folder: Path, path: Path) -> None:
     """The same noise through the models of a row, seed 0: ten classes down, six samples an arm."""
     blocks = []
     for arm in row.arms:
-        model = train.load_checkpoint(run_folder(folder, row, arm, 0) / "model.pt")
+        model = train.load_checkpoint(run_folder(folder, row.name, arm, 0) / "model.pt")
         noise = train.sample_noise(0, range(60), model.config.num_latents, model.config.latent_dim)
         images = model.sample(noise, torch.arange(10).repeat_interleave(6))  # (60, 3, H, W)
         grid = images.unflatten(0, (10, 6)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
@@ -255,8 +256,8 @@ def samples_side_by_side(row: Row, folder: Path, path: Path) -> None:
     save_image(torch.cat(blocks[:-1], dim=2) * 0.5 + 0.5, path)
 
 
-def run_folder(folder: Path, row: Row, arm: str, seed: int) -> Path:
-    return folder / f"{row.name}-{arm}-s{seed}".replace(" %", "").replace(" ", "_")
+def run_folder(folder: Path, row: str, arm: str, seed: int) -> Path:
+    return folder / f"{row}-{arm}-s{seed}".replace(" %", "").replace(" ", "_")
 
 
 def main() -> None:
@@ -271,7 +272,7 @@ def main() -> None:
         return judge_run(options.judge)
     rows = [row for row in GRID if any(word in row.name for word in options.only)]
     runs = [
-        Run(row, arm, seed, run_folder(options.folder, row, arm, seed))
+        Run(row, arm, seed, run_folder(options.folder, row.name, arm, seed))
         for seed in options.seeds  # outermost: the whole map first, then its spread
         for row in rows
         for arm in row.arms
