@@ -181,11 +181,11 @@ def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Picture
     """The model of the checkpoint that the command line names, with its EMA weights; `num` pictures
     of the validation split, which training never saw; the protocol of the checkpoint."""
     path = flags.checkpoint = runs.find_checkpoint(flags.checkpoint)
+    model = load_checkpoint(path, flags.device)
     if "out" in flags and flags.out is None:
         flags.out = runs.beside(path, f"{flags.command}.png")
         runs.check_output(flags.out, ".png", [path])
-    model = load_checkpoint(path, flags.device)
-    flags.data = flags.data or model.config.data
+    flags.data = model.config.data if flags.data is None else flags.data
     size, places = model.config.image_size, model.config.caption_words
     if places and flags.command in ("probe", "map"):
         fail(f"{path} reads captions and has no classes, which {flags.command} needs", 2)

@@ -67,7 +67,8 @@ def choose_classes(names: list[str] | None, model: MIMFlow, every: bool = False)
     known = {str(i): i for i in range(count)} | {n: i for i, n in enumerate(model.class_names)}
     for name in names:
         if name not in known:
-            fail(f"--classes {name}: this model has classes 0 to {count - 1}, --info names them", 2)
+            known = f"this model has classes 0 to {count - 1}, --info names them"
+            fail(f"{name!r:.50} is no class and no picture: {known}", 2)
     return [known[name] for name in names]
 
 
@@ -337,6 +338,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     options = parser.parse_args(arguments)
     if (options.evaluations or 0) % 2:
         parser.error("--evaluations must be even: two are a step of the midpoint rule")
+    if options.interval and options.interval[0] > options.interval[1]:
+        parser.error("--guidance-interval needs LO <= HI: else no step is guided")
+    given, not_theirs = options.between or options.reconstruct, ("num", "classes", *OF_CAPTIONS)
+    if given and (idle := [flag(name) for name in not_theirs if getattr(options, name)]):
+        parser.error(f"{idle[0]} has no part in --between and --reconstruct: leave it out")
     if options.cuda_graph and options.sampler != "sequential":
         parser.error("--cuda-graph is for --sampler sequential: jacobi asks the GPU each sweep")
     return options

@@ -358,8 +358,7 @@ def print_report(result: dict[str, Any]) -> None:
         for quantity, row in part["summary"].items():
             say(f"  {name + quantity:24}" + "".join(f"{value:11.5g}" for value in row.values()))
         if bad:
-            rows = ", ".join(map(str, bad))
-            say(f"  {name}NOT converged: {len(bad)} of {n} images (rows {rows})")
+            say(f"  {name}NOT converged: {len(bad)} of {n} images (rows {str(bad)[1:-1]})")
 
 
 def plot_figure(results: list[dict], path: Path) -> None:
@@ -367,8 +366,7 @@ def plot_figure(results: list[dict], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say(f"no {path}: `pip install matplotlib` and run again for the picture")
-        return
+        return say(f"no {path}: `pip install matplotlib` and run again for the picture")
     paths = (Path(result["checkpoint"]).resolve().parts[-2:] for result in results)
     names = ["/".join(parts).replace("$", r"\$") for parts in paths]  # $ begins a formula
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -385,6 +383,8 @@ def plot_figure(results: list[dict], path: Path) -> None:
 
 def main(flags: Namespace) -> None:
     """Analyse the checkpoints of `flags` one after the other and write the report."""
+    if runs.world_size() > 1:
+        fail("spectral.py is one process: start it with python, WORLD_SIZE unset", 2)
     # torch's own words about its own code, at the first JVP of a process.
     warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
     # Below float32's own tolerance, iterations only add rounding.
@@ -395,9 +395,6 @@ def main(flags: Namespace) -> None:
         flags.device = torch.device("cpu")
     # Everything that can be wrong is found before the first product.
     paths = [runs.find_checkpoint(path) for path in flags.checkpoints or [None]]
-    out = runs.beside(paths[0], "spectral.json") if flags.out is None else Path(flags.out)
-    runs.check_output(out, ".json", paths)
-    runs.check_output(out.with_suffix(".png"), ".png", paths)
     work = []
     for path in paths:
         model = load_checkpoint(path)
@@ -409,6 +406,9 @@ def main(flags: Namespace) -> None:
         if model.config.num_classes and pictures.class_names not in ((), model.class_names):
             fail(f"{path} was trained on other classes than {pictures.source} has: give its own")
         work.append((path, model, pictures))
+    out = runs.beside(paths[0], "spectral.json") if flags.out is None else Path(flags.out)
+    runs.check_output(out, ".json", paths)
+    runs.check_output(out.with_suffix(".png"), ".png", paths)
 
     results = []
     for path, model, pictures in work:

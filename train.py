@@ -237,14 +237,15 @@ def unbuildable(config: Config, most: float = float("inf")) -> str | None:
 
 def check_config(config: Config) -> None:
     """End with exit code 2 on what cannot work, before anything is loaded or written."""
-    c = config
-    problem = unbuildable(c)
+    c, problem = config, unbuildable(config)
+    if empty := [flag(k) for k, v in asdict(c).items() if v == ""]:  # a shell's unset variable
+        problem = f"{empty[0]} is empty: leave it out, or give it a value"
     known = {*TEACHERS, *(x for x in c.teachers if Path(x).is_file())}
     if odd := [x for x in c.teachers if x not in known or c.teachers.count(x) > 1]:
         problem = f"--teachers {odd[-1]}: choose each of {', '.join(TEACHERS)}, FILE once at most"
     if c.prior == "emigm" and not c.freeze_autoencoder:
         # Its loss rewards z that is easy to predict, and no logdet pays for shrinking z: collapse.
-        problem = "--prior emigm needs --freeze-autoencoder (and --init): it trains no encoder"
+        problem = "--prior emigm needs --freeze-autoencoder (and --init), and has no phase 2"
     if c.caption_words and (c.prior == "emigm" or c.num_classes == 0):
         problem = "--caption-words needs --prior flow, and words: leave --num-classes out"
     if c.phase == "decoder" and c.freeze_autoencoder:

@@ -4,9 +4,9 @@ The scripts import it before torch, which takes seconds: until run_program, Ctrl
 and without a traceback.
 """
 
+import os  # pathlib would take a moment in which Ctrl-C tells of itself
 import signal
 import sys
-from pathlib import Path
 
-if Path(sys.argv[0]).name in ("train.py", "sample.py", "evaluate.py", "spectral.py"):
+if os.path.basename(sys.argv[0]) in ("train.py", "sample.py", "evaluate.py", "spectral.py"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -66,8 +66,7 @@ class BrokenImage(InputError):
 
 def adm_crop(picture: Image.Image, size: int) -> Image.Image:
     """ADM's preprocessing: halve by box filter while the short side is >= 2 x size, resize the
-    short side to `size` by bicubic interpolation, crop the centre. RGB of any size -> size x size.
-    """
+    short side to `size` by bicubic interpolation, crop the centre. RGB, any size -> size x size."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     factor = size / min(picture.size)
@@ -129,7 +128,7 @@ class FolderDataset(PictureDataset):
 
     def __init__(self, folder: str, image_size: int, split="train", seed=0, places=0):
         top = Path(folder)
-        if not top.is_dir():
+        if not (folder and top.is_dir()):  # Path("") would be where one stands
             fail(f"there is no data folder {folder}: give one, or one of {', '.join(NAMED)}")
         self.image_size, self.seed, self.places, self.flips = image_size, seed, places, not places
         folders = {path.name for path in look_into(top)[0]}
@@ -208,7 +207,7 @@ class NamedDataset(FolderDataset):
 
     def __init__(self, name: str, image_size: int, split="train", seed=0, places=0):
         if places:
-            fail(f"--data {name} has no captions: leave --caption-words out", 2)
+            fail(f"{name} has no captions, which --caption-words, or this checkpoint, needs", 2)
         kind, train, val, address, *folder = NAMED[name]
         kind, how = getattr(datasets, kind), train if split == "train" else val
         top, part = Path("data", name), Path("data", name + ".part")
@@ -344,8 +343,7 @@ def step_batches(
     """Batches of (epoch, index) for this process, a function of the seed and the step.
 
     Image number p of the run (p = step * batch_size + row) is entry p mod n of the permutation of
-    epoch p div n, so no image is dropped or seen twice in an epoch, and any step can be the
-    first.
+    epoch p div n, so no image is dropped or seen twice in an epoch, and any step can come first.
     """
 
     @lru_cache(maxsize=1)

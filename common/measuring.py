@@ -117,5 +117,5 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
             rows = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
             log[name] = np.array(rows, dtype=float).reshape(-1, len(rows[0]))
     except (OSError, ValueError, TypeError, LookupError) as error:
-        fail(f"{file} is no log of a run ({error!r}): give run folders or log.jsonl files", 2)
+        fail(f"{file} is no log of a run ({error!r:.80}): give run folders or log.jsonl files", 2)
     return log

@@ -103,6 +103,8 @@ def run_program(work: Callable[[], None]) -> None:
         raise
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on (train.py: without --overwrite)", 130)
+    finally:  # Python's own end takes a moment, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -829,7 +829,7 @@ def test_a_model_with_the_second_prior(tiny, projection, tmp_path, capsys):
         ("probe x.pt --num-train 1", 2, "--num-train: must be at least 2"),
         ("map x.pt --out x.pt", 2, "must end in .png"),
         ("map x.pt --json nowhere/a.json", 2, "folder nowhere of a.json"),
-        ("map CKPT --classes unicorn", 2, "--classes unicorn"),
+        ("map CKPT --classes unicorn", 2, "'unicorn' is no class"),
         ("map CKPT --method umap", 2, "pip install umap-learn"),
         ("likelihood CKPT --num 3000", 2, "the val split of the built-in pictures has 2000"),
         ("cost --tokens 1", 2, "--tokens: must be"),

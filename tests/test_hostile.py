@@ -300,7 +300,12 @@ COMMANDS = [  # a command, what its line says: exit code 2
     ("sample.py run/model.pt --guidance inf", "finite"),
     ("sample.py run/model.pt --tolerance -1", "finite"),
     ("sample.py run/model.pt --classes 10", "--info names them"),
-    ("sample.py run/model.pt --classes " + 5000 * "9", "--classes 9999"),
+    ("sample.py run/model.pt --classes " + 5000 * "9", "999 is no class"),
+    ("sample.py run/model.pt --between star dragon", "'dragon' is no class and no picture"),
+    ("sample.py run/model.pt --reconstruct pics", "'pics' is no class and no picture"),
+    ("sample.py run/model.pt --between star heart --num 4", "--num has no part in"),
+    ("sample.py run/model.pt --reconstruct star --prompt 'a star'", "--prompt has no part in"),
+    ("sample.py run/model.pt --guidance-interval 0.8 0.2", "LO <= HI"),
     ("sample.py run/model.pt --classes $'a\x1b[2J'", "--info names them"),
     ("sample.py plain/model.pt --classes 0", "without labels"),
     ("sample.py run/model.pt --device meta", "device meta cannot be used"),
@@ -325,6 +330,7 @@ COMMANDS = [  # a command, what its line says: exit code 2
     ("evaluate.py cost --batches 1000000000", "--batches"),
     ("spectral.py run/model.pt --out run/config.json", "a run's configuration"),
     ("spectral.py run/model.pt --out run/model.pt", "must end in .json"),
+    ("evaluate.py curves run/model.pt", "give run folders or log.jsonl files"),
     ("spectral.py run/model.pt --tolerance inf", "at most"),
     ("spectral.py run/model.pt --shift nan", "at most"),
     ("spectral.py run/model.pt --seed 18446744073709551616", "below 2^63"),
@@ -345,6 +351,10 @@ COMMANDS = [  # a command, what its line says: exit code 2
     (TRAIN + "--num-workers 2000000000", "--num-workers must be"),
     (TRAIN + "--mim-weight 1e308", "--mim-weight must be"),
     (TRAIN + "--lr nan", "--lr must be"),
+    (TRAIN + "--data ''", "--data is empty"),
+    ("train.py SMALL --overwrite --steps 1 --out ''", "--out is empty"),
+    (PHASE_2 + "run/model.pt --prior emigm", "has no phase 2"),
+    (TRAIN + "--caption-words 4 --data cifar10", "has no captions, which"),
     (TRAIN + "--lr 1e400", "--lr must be"),
     (TRAIN + "--device meta", "device meta cannot be used"),
     ("train.py SMALL --dry-run --depth 100000000", "--depth must be"),
@@ -513,6 +523,11 @@ FILES = [  # how it is made, a command, what its line says: exit code 1
     (lambda: None, TRAIN + "--data run/model.pt", "no data folder"),
     (lambda: None, "sample.py no.pt", "does not exist"),
     (lambda: None, "sample.py run", "its model.pt"),
+    (lambda: None, "evaluate.py map no/model.pt", "checkpoint no/model.pt does not exist"),
+    (lambda: None, "spectral.py no/model.pt", "checkpoint no/model.pt does not exist"),
+    (lambda: None, "train.py --check-data --data ''", "no data folder"),
+    (lambda: None, "evaluate.py likelihood run/model.pt --num 2 --data ''", "no data folder"),
+    (lambda: None, "spectral.py run/model.pt --images 2 --data ''", "no data folder"),
     (lambda: os.mkfifo("pipe.pt"), "sample.py pipe.pt", "no regular file"),
     (lambda: None, "sample.py run/config.json", "damaged, or no checkpoint"),
     (lambda: None, "evaluate.py generation run/config.json set.npz", "damaged or not an .npz"),
@@ -582,6 +597,12 @@ def test_an_environment(home, number, monkeypatch, capsys):
         refused(command, expected, 1, monkeypatch, capsys)
 
 
+def test_torchrun_cannot_start_a_program_of_one_process(home, monkeypatch, capsys):
+    """Its processes would all do the same work, and write the same files at once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("spectral.py run/model.pt --images 2", "one process", 2, monkeypatch, capsys)
+
+
 def test_what_cannot_be_read_is_not_called_damaged(home, monkeypatch, capsys):
     """As root one can read everything, hence no chmod."""
 
@@ -633,6 +654,17 @@ def test_ctrl_c_while_python_imports_and_a_closed_output(home):
     rest = early.communicate(timeout=120)[1]
     assert early.returncode == -signal.SIGINT and "Traceback" not in rest
     assert silent.communicate(timeout=120)[1] == "" and silent.returncode == 0
+
+
+def test_a_second_ctrl_c_while_python_ends():
+    """As impatient people send it; here from what Python calls last."""
+    code = "import atexit, os, signal; from common import runs\n"
+    code += "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    code += "runs.run_program(lambda: signal.raise_signal(signal.SIGINT))"
+    ended = python("-c", code, cwd=ROOT)
+    errors = ended.communicate(timeout=120)[1]
+    assert errors.startswith("error: interrupted; ") and errors.count("\n") == 1, errors
+    assert ended.returncode == -signal.SIGINT
 
 
 # --------------------------------------------------- Two at once, leftovers, what once ended ill

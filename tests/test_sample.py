@@ -195,7 +195,7 @@ def test_a_model_without_labels(tiny, tmp_path, capsys):
     "flags, expected",
     [
         (["--classes", "10"], "classes 0 to 9"),
-        (["--classes", "unicorn"], "--classes unicorn"),
+        (["--classes", "unicorn"], "'unicorn' is no class"),
         (["--num", "0"], "--num: must be positive"),
         (["--seed", "-1"], "--seed: must be not negative"),
         (["--guidance", "-1"], "--guidance: must be not negative"),
@@ -495,7 +495,7 @@ def test_reconstruct_shows_what_is_given_what_is_seen_and_what_comes_out(checkpo
     "flags, what",
     [
         (("--between", "heart", "none.png"), "cannot read none.png"),
-        (("--between", "heart", "cat"), "cat: "),
+        (("--between", "heart", "cat"), "'cat' is no class"),
         (("--reconstruct", "broken.png"), "cannot read broken.png"),
         (("--between", "a.png", "heart", "--out", "a.png"), "a.png is also a.png"),
         (("--between", "a.png", "heart", "--out", "a.jpg"), "must end in .png"),

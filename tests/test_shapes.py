@@ -474,8 +474,8 @@ def run_the_model(checker: Checker, out: Path) -> None:
     second = dict(phase="decoder", init=str(out / "one/model.pt"), out=str(out / "two"))
     train.main(replace(config, **second, gan_weight=0.05))
     given = ("--between circle star --out s.png", "--reconstruct circle star star --out s.png")
-    for flags in ("--npz s.npz", "--out s.png", *given):
-        flags = f"{out / 'one/model.pt'} --num 4 --batch-size 3 --device cpu {flags}"
+    for flags in ("--num 4 --npz s.npz", "--num 4 --out s.png", *given):
+        flags = f"{out / 'one/model.pt'} --batch-size 3 --device cpu {flags}"
         sample.main(sample.parse_arguments(flags.split()))
     flags = f"{out / 'one/model.pt'} --images 3 --tolerance 1e-3 --device cpu"
     spectral.main(spectral.parse_arguments(flags.split()))
