@@ -9,6 +9,7 @@ import http.server
 import io
 import multiprocessing
 import pickle
+import subprocess
 import tarfile
 import threading
 import time
@@ -220,9 +221,10 @@ def test_without_a_network_one_line_says_what_to_unpack_and_where(publish, tmp_p
     folder = Path("data/pets/oxford-iiit-pet")
     assert not Path("data/pets").exists() and Path("data/pets.part").exists()
     publish("pets")
+    folder.mkdir(parents=True)
     for name in ("images", "annotations"):
-        with tarfile.open(tmp_path / "site" / f"{name}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
+        archive = tmp_path / "site" / f"{name}.tar.gz"
+        subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
     assert len(open_dataset("pets", 16)) == 2
     (folder / "annotations" / "trainval.txt").unlink()
     with pytest.raises(SystemExit):
