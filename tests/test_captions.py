@@ -262,7 +262,10 @@ def test_held_out_pairs_never_come_and_every_word_does():
     assert missing == {(s, c) for s in range(10) for c in range(6) if (s + c) % 6 == 0}
     assert pairs.keys() == set(PAIRS) and min(pairs.values()) > 800
     assert words.keys() == {*range(len(dataset.class_names)), -1} and min(words.values()) > 3000
+    sizes = sum(words[dataset.known[size]] for size in shapes.SIZES)
+    assert 0.74 < sizes / 50_000 < 0.76  # a quarter of the captions does not name it
     val = captioned("val")
+    assert any(val.attributes(i)[0] != dataset.attributes(i)[0] for i in range(9))
     assert {val.attributes(i)[0][:2] for i in range(2000)} == set(PAIRS)
 
 
