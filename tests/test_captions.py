@@ -28,6 +28,7 @@ import sample
 import spectral
 import train
 from common import data, shapes
+from common.runs import InputError
 from common.shapes import COLOURS, NAMES, PAIRS, SHAPES
 from flow import NormalizingFlow
 
@@ -261,7 +262,10 @@ def test_held_out_pairs_never_come_and_every_word_does():
     assert missing == {(s, c) for s in range(10) for c in range(6) if (s + c) % 6 == 0}
     assert pairs.keys() == set(PAIRS) and min(pairs.values()) > 800
     assert words.keys() == {*range(len(dataset.class_names)), -1} and min(words.values()) > 3000
+    sizes = sum(words[dataset.known[size]] for size in shapes.SIZES)
+    assert 0.74 < sizes / 50_000 < 0.76  # a quarter of the captions does not name it
     val = captioned("val")
+    assert any(val.attributes(i)[0] != dataset.attributes(i)[0] for i in range(9))
     assert {val.attributes(i)[0][:2] for i in range(2000)} == set(PAIRS)
 
 
@@ -369,6 +373,13 @@ def test_two_processes_equal_one_with_captions(tiny_flags, tmp_path, float64):
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-9
 
 
+def test_phase_two_reads_as_many_words_as_phase_one(captions, tmp_path, capsys):
+    train.main(replace(captions, steps=1))
+    init, out = str(captions.run_dir / "model.pt"), str(tmp_path / "two")
+    two = replace(captions, phase="decoder", gan_weight=0.0, init=init, out=out, caption_words=5)
+    assert "has --caption-words 8: add" in told(lambda: train.main(two), capsys)
+
+
 def told(work, capsys, code: int = 2) -> str:
     """The one line with which `work` ends."""
     with pytest.raises(SystemExit) as end:
@@ -409,8 +420,11 @@ def test_prompts_from_a_checkpoint_to_a_grid_and_what_is_refused(captions, tmp_p
     line = told(ask("--prompt", "a green dog and a cat"), capsys)
     assert line.startswith("error: unknown: dog, and, cat;") and "yellow" in line
     assert "is too long: this model reads 8 words" in told(ask("--prompt", "a " * 9), capsys)
+    assert shapes.read_prompts(["a " * 8], None, ["a"], 8)[1] == [[0] * 8]
     assert "without such a flag" in told(ask("--classes", "3"), capsys)
     assert "is no file" in told(ask("--prompts", tmp_path), capsys)
+    with pytest.raises(InputError, match="cannot read star"):  # a word, and no class to sample
+        ask("--reconstruct", "star")()
     for what in ("probe", "map"):
         flags = evaluate.parse_arguments([what, str(path), "--device", "cpu"])
         assert "has no classes" in told(lambda f=flags: evaluate.main(f), capsys)

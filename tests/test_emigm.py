@@ -238,6 +238,14 @@ def test_one_token_at_least_is_hidden_and_no_more_are_visible_than_there_are_slo
         assert slots == min(tokens - 1, tokens - math.ceil(tokens * GAMMA[schedule](t_min) - 1e-6))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_at_the_very_least_time_no_more_are_visible_than_there_are_slots(schedule, monkeypatch):
+    """A uniform number is 0 once in 2^24, and nothing is hidden at t = 0."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.zeros(shape))
+    visible = draw_tokens(4, 16, 1, schedule, 0.0, repeats=1).visible
+    assert visible.max() == visible_slots(16, schedule, 0.0) == 15
+
+
 def test_draws_are_of_the_generator_alone_and_rows_are_a_share_of_them():
     def drawn(seed: int) -> TokenDraws:
         return draw_tokens(8, K, D, "linear", 0.1, 3, torch.Generator().manual_seed(seed))

@@ -174,6 +174,7 @@ def test_npz_is_read_in_batches(kind, tmp_path):
     images = pictures(8, 12)
     if kind == "float":
         images = images.clip(1) - 0.25  # not rounded
+        images[:3] = 0  # a batch of black pictures is no batch in [0, 1]
     if kind == "fortran":
         images = np.asfortranarray(images)
     save = np.savez_compressed if kind == "compressed" else np.savez
@@ -479,6 +480,13 @@ def test_probe_learns_what_is_there_and_nothing_else():
     assert accuracy["good"] > 98
 
 
+def test_the_last_smaller_batch_of_the_probe_is_left_out(monkeypatch):
+    """It may be of one picture, of which BatchNorm can tell no deviation."""
+    monkeypatch.setattr(evaluate, "PROBE_BATCH", 4)
+    five = {"x": torch.randn(5, 3)}, torch.tensor([0, 1, 0, 1, 0])
+    assert 0 <= evaluate.train_probes(five, five, epochs=2, seed=0, device=CPU)["x"] <= 100
+
+
 @torch.no_grad()
 def test_representations_are_of_the_whole_picture_without_label(tiny):
     model = randomize(train.MIMFlow(tiny, SHAPES), std=0.3).eval()
@@ -554,10 +562,11 @@ def test_likelihood_is_the_flows_log_prob(checkpoint, flags, masked):
 
 
 def test_likelihood_of_other_classes_is_unconditional_only(checkpoint, tmp_path, capsys):
-    save_pictures(tmp_path / "set", 2, 2)
-    found = run("likelihood", checkpoint, "--data", "set")
-    assert found["conditional"] is None and found["unconditional"]["nats_an_image"] < 0
-    assert "no conditional: set have other classes" in capsys.readouterr().out
+    for folder, classes in {"set": 2, "as many": 10}.items():
+        save_pictures(tmp_path / folder, classes, 2)
+        found = run("likelihood", checkpoint, "--data", folder)
+        assert found["conditional"] is None and found["unconditional"]["nats_an_image"] < 0
+        assert f"no conditional: {folder} have other classes" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -655,6 +664,23 @@ def test_cost_times_training_and_sampling(tiny, timed, capsys):
     assert list(found["tokens"]) == ["3", "5"]
     assert all(value > 0 for row in found["tokens"].values() for value in row.values())
     assert "no peak_memory_gb: counted on CUDA only" in capsys.readouterr().out
+
+
+def test_what_is_timed_is_divided_by_the_batch_where_it_is_of_an_image(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "seconds", lambda call, flags, factor=1: factor)
+    flags = Namespace(device=CPU, batch_size=4, runs=1, batches=[1, 5], tokens=[3], compile=False)
+    found = evaluate.time_all(train.MIMFlow(tiny).eval(), flags)
+    assert found["training"]["eager"]["ms_a_step"] == 1000
+    for name, row in found["sampling"].items():
+        assert row["s_an_image"] == (0.2 if name.endswith("batch 5") else 1)
+    assert list(found["tokens"]["3"].values()) == [1000, 1, 0.25]
+
+
+def test_the_fresh_flow_that_is_timed_predicts_about_a_tenth():
+    """As the protocol of the cost says."""
+    (*_, deep) = evaluate.model_to_time(Namespace(checkpoint=None, preset="shapes")).flow.blocks
+    mu, _ = deep.predict(deep.embed(torch.randn(4, 16, 8), deep.position, 0.0))
+    assert 0.03 < mu.std() < 0.3
 
 
 def test_a_row_that_does_not_fit_into_memory_is_left_out_alone(timed, monkeypatch, capsys):
@@ -799,8 +825,9 @@ def test_a_model_with_the_second_prior(tiny, projection, tmp_path, capsys):
     path = write_checkpoint(config, randomize(train.MIMFlow(config, SHAPES)))
     np.savez(tmp_path / "r.npz", pictures(4, 16))
     assert run("generation", path, "r.npz", "--num", 5)["protocol"]["guidance"] == tiny.guidance
-    found = run("probe", path, "--num-train", 20, "--num", 10, "--epochs", 1)["top1_percent"]
-    assert list(found) == ["encoder_features", "latent"]
+    found = run("probe", path, "--num-train", 20, "--num", 10, "--epochs", 1)
+    assert list(found["top1_percent"]) == ["encoder_features", "latent"]
+    assert [found["protocol"][f"{split}_pictures"] for split in ("train", "val")] == [20, 10]
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run("likelihood", path)

@@ -202,6 +202,12 @@ def test_what_a_user_can_cause_is_one_line(case, capsys):
     assert expected in message
 
 
+def test_a_cause_without_words_is_named_by_its_kind(capsys):
+    with pytest.raises(SystemExit), runs.explained("cannot do it"):
+        raise EOFError
+    assert "error: cannot do it (EOFError)" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- Disks and files
 
 

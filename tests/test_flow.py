@@ -338,6 +338,18 @@ def test_one_token_a_sweep_is_exact_whatever_the_tolerance_misses():
     assert torch.equal(x, expected) and solved == [1] * 8
 
 
+def test_what_does_not_change_at_all_is_solved_at_once_also_at_tolerance_0():
+    u, solved = torch.randn(2, 9, 3), []
+    identity = jacobi(u, lambda x, start: (0 * x, 0 * x), 100, 0.0, solved.append)
+    assert torch.equal(identity, u) and solved == [8]
+
+
+def test_the_deep_block_works_on_32_tokens_at_a_time_and_the_others_on_all():
+    flow, heard = NormalizingFlow(100, 2, 8, (1, 1), 8, 0), []  # the identity, solved at once
+    flow.inverse(torch.randn(1, 100, 2), sampler="jacobi", watch=lambda *told: heard.append(told))
+    assert heard == [(1, 32), (1, 32), (1, 32), (1, 3), (0, 99)]
+
+
 def test_a_token_is_solved_only_when_all_before_it_are():
     """x_i = x_{i-1}: token 2 does not change in the first sweep, but when token 1 is known; and
     only in one channel of the second sample."""

@@ -570,6 +570,8 @@ def test_lpips_equals_the_package_with_its_gradient(perceptual):
     ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
     distance, expected = perceptual(x, ours), perceptual.lpips(x, theirs).flatten()
     torch.testing.assert_close(distance, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # where no gradient can be taken
+        assert torch.equal(perceptual(x, ours), distance)
     (distance * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-3)

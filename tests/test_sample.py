@@ -162,6 +162,11 @@ def test_guidance_rules_and_denoising_change_the_pictures(checkpoint, tmp_path):
     assert len(found) == 5
 
 
+def test_guidance_0_is_none_and_left_out_it_is_the_presets(tiny):
+    model = train.MIMFlow(replace(tiny, guidance=2.0))
+    assert [sample.choose_guidance(w, model) for w in (None, 0.0, 3.0)] == [2.0, 0.0, 3.0]
+
+
 def test_denoising_is_tweedies_formula(checkpoint):
     model = train.load_checkpoint(checkpoint).double()
     z, labels = torch.randn(1, 4, 4).double(), torch.tensor([3])
@@ -265,7 +270,9 @@ def test_bfloat16_rounds_the_pictures_a_little(checkpoint, tmp_path):
     assert 0 < abs(exact - rounded).mean() < 5
 
 
-@pytest.mark.parametrize("change", [("--sampler", "jacobi"), ("--tolerance", "1e-3"), ("--bf16",)])
+@pytest.mark.parametrize(
+    "change", [("--sampler", "jacobi"), ("--tolerance", "1e-3"), ("--bf16",), ("--denoise",)]
+)
 def test_batches_of_another_sampler_are_not_mixed_in(change, checkpoint, tmp_path, monkeypatch):
     flags = ("--num", "20", "--batch-size", "10", "--npz", tmp_path / "s.npz")
     calls = interrupt_sampling(monkeypatch, 2)
@@ -446,6 +453,8 @@ def test_the_way_between_two_latents_is_the_great_circle_of_their_noise(tiny, fl
         expected = torch.cos(turn) * first + torch.sin(turn) * 3 * side / side.norm()
         assert (u[i] - expected).abs().max() < 1e-9
     assert (way[[0, -1]] - z).abs().max() < 1e-9
+    fresh = train.MIMFlow(tiny).flow  # u = z; of equal ones the cosine is 1 exactly
+    assert (fresh.between(torch.ones(2, 4, 4), 3) - 1).abs().max() < 1e-6
 
 
 def test_between_two_pictures_the_ends_are_their_reconstructions(checkpoint, tmp_path):
@@ -517,15 +526,28 @@ def test_pictures_that_cannot_be_shown_are_one_line(
     assert (tmp_path / "a.png").read_bytes() == before and not (tmp_path / "a.jpg").exists()
 
 
-def test_the_second_prior_has_no_way_between_but_reconstructs(tiny, tmp_path, capsys):
+@pytest.fixture
+def second_prior(tiny):
     c = replace(tiny, prior="emigm", emigm_width=16, emigm_heads=2, emigm_depths=(1, 1))
     c = replace(c, emigm_head=(16, 1), emigm_steps=2, freeze_autoencoder=True)
-    path = write_checkpoint(c, train.MIMFlow(c, SHAPES))
+    return write_checkpoint(c, train.MIMFlow(c, SHAPES))
+
+
+def test_the_second_prior_has_no_way_between_but_reconstructs(second_prior, capsys):
     with pytest.raises(SystemExit):
-        run(path, "--between", "heart", "moon")
+        run(second_prior, "--between", "heart", "moon")
     assert "--between: the prior of this checkpoint is emigm" in capsys.readouterr().err
-    run(path, "--reconstruct", "heart")
-    assert (path.parent / "reconstruct.png").exists()
+    run(second_prior, "--reconstruct", "heart")
+    assert (second_prior.parent / "reconstruct.png").exists()
+
+
+def test_the_second_prior_takes_the_steps_of_its_preset_or_those_of_the_flag(second_prior):
+    model = train.load_checkpoint(second_prior)
+    told = []
+    for flags in [], ["--steps", "3"]:
+        options = sample.parse_arguments(["--guidance", "0", *flags])
+        sample.sample_batch(model, range(1), [0], options, watch=lambda step, _: told.append(step))
+    assert told == [0, 1, 0, 1, 2]
 
 
 def test_pictures_of_the_checkpoint_that_comes_with_the_code_are_not_put_beside_it(monkeypatch):

@@ -287,6 +287,12 @@ def test_too_few_iterations_are_reported_per_image():
     assert found.iterations_max.tolist() == [2, 2, 2]
 
 
+def test_a_residual_that_is_not_a_number_is_not_small():
+    z = torch.randn(1, 2, 2).double()
+    found = spectral.singular_extremes(lambda z, _: (0 * z, None), z, max_iterations=3)
+    assert not found.converged.any() and found.iterations_max == 3
+
+
 def test_converged_is_said_only_of_both_ends():
     values = torch.cat((torch.tensor([100.0]), torch.linspace(1, 0.9, 23))).double()
     z = torch.zeros(1, 6, 4, dtype=torch.float64)
@@ -369,7 +375,9 @@ def test_command_writes_numbers_that_are_those_of_the_dense_svd(tmp_path, capsys
     values = dense_singular_values(model.flow, z, labels)
     assert relative_error(torch.tensor(images["sigma_max"]), values[:, 0]) < 1e-6
     assert relative_error(torch.tensor(images["sigma_min"]), values[:, -1]) < 1e-6
-    assert np.mean(values[:, -1]) == pytest.approx(result["summary"]["sigma_min"]["mean"])
+    summary = result["summary"]["sigma_min"]
+    assert np.mean(values[:, -1]) == pytest.approx(summary["mean"])
+    assert np.std(values[:, -1]) == pytest.approx(summary["std"])
     inputs = (z, model.flow.blocks[0](z, labels)[0])
     for block, x, found in zip(model.flow.blocks, inputs, result["blocks"], strict=True):
         expected = dense_singular_values(block, x.detach(), labels)
@@ -418,6 +426,10 @@ def test_latents_are_masked_noised_and_the_same_in_any_batches(tmp_path):
     torch.testing.assert_close(z, torch.cat(halves), rtol=1e-10, atol=1e-10)
     assert z.dtype == torch.float64 and z.shape == (4, 4, 2)
     assert (z - spectral.encode(model, pictures, range(4), seed=4)[0]).abs().max() > 0.1
+    everything = Pictures(None, 16)  # a picture has its draws, whatever is beside it
+    number = int(pictures.numbers[0])
+    alone, _ = spectral.encode(model, everything, range(number, number + 1), seed=3)
+    torch.testing.assert_close(alone, z[:1], rtol=1e-10, atol=1e-10)
 
     model.config.sigma = 0.0  # no noise: what differs from the open picture is the mask
     masked, _ = spectral.encode(model, pictures, range(4), seed=3)

@@ -174,6 +174,9 @@ def test_lpips_is_part_of_the_loss_and_of_no_optimizer(tiny):
     # The baseline paints nothing, and sampling needs no judge: neither looks for weight files.
     missing = replace(config, vgg="/nowhere", teachers=("dino",), freeze_autoencoder=True)
     assert losses.load_frozen_networks(missing, CPU) == NOTHING
+    # Phase 2 has no teachers.
+    missing = replace(tiny, dino="/nowhere", teachers=("dino",), phase="decoder")
+    assert losses.load_frozen_networks(missing, CPU) == NOTHING
 
 
 def test_every_parameter_gets_a_gradient_and_is_in_the_optimizer(tiny):
@@ -506,6 +509,20 @@ def test_the_baseline_trains_only_the_flow_on_a_frozen_autoencoder(tiny, tmp_pat
     assert "--width 16" in refused(replace(new, width=32), capsys)
 
 
+def test_the_second_prior_is_told_mean_and_std_of_latents_throughout_the_data(tiny, monkeypatch):
+    """Of noisy ones (Eq. 1); class folders are sorted by class, so the first are of one."""
+    config = replace(tiny, prior="emigm", emigm_width=16, emigm_heads=2, emigm_depths=(1, 1))
+    model = train.MIMFlow(config)
+    monkeypatch.setattr(train, "FITTED", 3)
+    train.fit_prior(model, CPU)
+    numbers = (0, 16_666, 33_332, 49_998)  # every 50,000 / 3
+    images = torch.stack([ShapesDataset(16)[number][0] for number in numbers])
+    draws = train.draws_of_pictures(config, numbers, config.seed, CPU)
+    z = model.encoder(images, draws.mask) + config.sigma * draws.noise
+    torch.testing.assert_close(model.emigm.mean, z.mean(dim=0))
+    torch.testing.assert_close(model.emigm.std, z.std(dim=0))
+
+
 # ----------------------------------------------------------------------------------------- Phase 2
 
 
@@ -583,6 +600,9 @@ def test_phase_two_is_the_plain_step_written_out(phase_two, clip):
             logs[name] += value.item() / 2
     found = read_log(config.run_dir)[-1]
     assert {name: found[name] for name in logs} == pytest.approx(logs, rel=1e-4, abs=1e-5)
+    painter = last(config.run_dir)["optimizer"]["state"].values()  # whose gradient the log is about
+    norm = torch.cat([10 * value["exp_avg"].ravel() for value in painter]).norm().item()
+    assert norm == pytest.approx(min(clip, found["grad_norm"]), rel=1e-3)
     assert torch.nn.utils.clip_grad_norm_(judge.parameters(), clip) > 0.1
     saved = last(config.run_dir)["discriminator_optimizer"]
     assert saved["param_groups"][0]["lr"] == 0.5e-3  # half way through the warm-up
@@ -715,14 +735,25 @@ class OwnTeacher(torch.nn.Module):
         return torch.zeros(len(images), 16 + self.more, 5).view(len(images), -1, 5 + self.more // 9)
 
 
+class OneForAll(torch.nn.Module):
+    """Features (1, N, 5) for however many pictures."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 16, 5)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize(
-    "more, complaint",
-    {1: r"gives \(2, 17, 5\) .* not \(2, 16, channels\)", 9: "no TorchScript"}.items(),
+    "own, complaint",
+    [
+        (OwnTeacher(1), r"gives \(2, 17, 5\) .* not \(2, 16, channels\)"),
+        (OwnTeacher(9), "no TorchScript"),
+        (OneForAll(), r"gives \(1, 16, 5\)"),
+    ],
 )
-def test_a_teacher_that_does_not_fit_is_one_line(more, complaint, tiny, tmp_path):
+def test_a_teacher_that_does_not_fit_is_one_line(own, complaint, tiny, tmp_path):
     file = tmp_path / "own.pt"
-    torch.jit.script(OwnTeacher(more)).save(str(file))
+    torch.jit.script(own).save(str(file))
     for path, said in {file: complaint, __file__: "no TorchScript"}.items():
         with pytest.raises(InputError, match=said) as refused:
             train.main(replace(tiny, teachers=(str(path),)))
