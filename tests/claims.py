@@ -225,21 +225,28 @@ def plot(folder: Path, path: Path) -> None:
     """FD, rFD and right classes against the weight of the NLL, with and without masks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rows = {float(w): row for w, row in zip(NLL_WEIGHTS, GRID, strict=False)}
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    one, two, right = figure.subplots(1, 3)
+    joint, after = GRID[:3], [row for row in GRID if row.before]
+    lines = [(one, joint, "fd_0", "-"), (one, joint, "fd_r", ":"), (two, after, "fd_0", "-")]
+    lines += [(two, after, "fd_r", ":")]
+    lines += [(right, joint, "right_0", "-"), (right, after, "right_0", "--")]
     for color, arm in enumerate(("none", "40-60 %")):
-        for axes, key, style in ((left, "fd_0", "-"), (left, "fd_r", ":"), (right, "right_0", "-")):
-            found = {w: collect(row, arm, folder).get(key) for w, row in rows.items()}
+        for axes, rows, key, style in lines:
+            pairs = zip(map(float, NLL_WEIGHTS), rows, strict=True)
+            found = {w: collect(row, arm, folder).get(key) for w, row in pairs}
             found = {w: values for w, values in found.items() if values}
-            label = f"{arm} hidden" + (": reconstructions" if key == "fd_r" else "")
+            label = f"{arm} hidden" + {":": ": reconstructions", "--": ", phase 2"}.get(style, "")
             how = dict(label=label, color=f"C{color}", linestyle=style)
             axes.plot(list(found), [np.mean(values) for values in found.values()], **how)
             for w, values in found.items():  # each training a dot
                 axes.plot([w] * len(values), values, ".", color=f"C{color}")
-    left.set(ylabel="Frechet distance", xlabel="weight of the NLL", xscale="log")
-    right.set(ylabel="samples of the right class, %", xlabel="weight of the NLL", xscale="log")
-    left.legend(fontsize=7)
+    for axes, title in ((one, "phase 1"), (two, "phase 2")):
+        axes.set(ylabel="Frechet distance", ylim=(0, 40), title=title)
+    right.set(ylabel="samples of the right class, %")
+    for axes in (one, two, right):
+        axes.set(xlabel="weight of the NLL", xscale="log")
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
