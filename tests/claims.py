@@ -194,13 +194,13 @@ COLUMNS = {  # heading -> key of judged.json
     "rFD": "fd_r", "FD": "fd_0", "gap": "gap", "right, %": "right_0", "MSE": "mse", "NLL": "nll",
     "probe pooled / flat": "pooled",
 }  # fmt: skip
-SHOWN = "NLL 0.01, flow 2 x 32"  # the row whose samples are shown
+SHOWN = "phase 2 of NLL 0.01, flow 2 x 32"  # the row whose samples are shown
 
 
 def cell(values: list[float]) -> str:
     """Mean and, of several seeds, their standard deviation."""
     mean = f"{np.mean(values):.3g}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1g}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
 def collect(row: Row, arm: str, folder: Path) -> dict[str, list[float]]:
@@ -242,10 +242,10 @@ def plot(folder: Path, path: Path) -> None:
             for w, values in found.items():  # each training a dot
                 axes.plot([w] * len(values), values, ".", color=f"C{color}")
     for axes, title in ((one, "phase 1"), (two, "phase 2")):
-        axes.set(ylabel="Frechet distance", ylim=(0, 40), title=title)
+        axes.set(ylabel="Frechet distance", ylim=(0, 50), title=title)
     right.set(ylabel="samples of the right class, %")
     for axes in (one, two, right):
-        axes.set(xlabel="weight of the NLL", xscale="log")
+        axes.set(xlabel="weight of the NLL", xscale="log", xlim=(0.008, 0.13))
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
