@@ -299,15 +299,15 @@ def load_judges(flags: Namespace, side: int, count: int) -> tuple[Any, Any, Numb
     except WeightsMissing as error:
         left_out["rfid"] = str(error)
     try:
-        vgg = find_weights("vgg", flags.vgg)
-        perceptual = Perceptual(vgg).to(flags.device)
+        perceptual = Perceptual(vgg := find_weights("vgg", flags.vgg)).to(flags.device)
         protocol["vgg"] = vgg if vgg == RANDOM else describe_file(vgg)
     except WeightsMissing as error:
         left_out["lpips"] = str(error)
-    least_side = dict(low_frequency_error=BOX, high_frequency_error=BOX, lpips=Perceptual.MIN_SIDE)
-    for name, least in least_side.items():
-        if side < least:
-            left_out[name] = f"needs pictures of at least {least} x {least}"
+    for name, path in (("rfid", flags.inception), ("lpips", flags.vgg)):
+        if path and name in left_out:  # asked for by name
+            fail(left_out[name])
+    least = dict(low_frequency_error=BOX, high_frequency_error=BOX, lpips=Perceptual.MIN_SIDE)
+    left_out |= {k: f"needs pictures of at least {n} x {n}" for k, n in least.items() if side < n}
     if count < LEAST["fid"]:
         left_out.setdefault("rfid", f"needs {LEAST['fid']} pictures, there is {count}")
     return inception, perceptual, {**protocol, "left_out": left_out}

@@ -48,6 +48,8 @@ SCALES = {  # what the network says -> alpha, log of the scale; 0 -> 0: a fresh 
     "softplus": lambda a: F.softplus(a + math.log(math.e - 1)).log(),  # STARFlow's
 }
 EMBED_STD = 0.5  # initial std of positions and classes: they must stand out beside a token
+RULES = ("tarflow", "starflow")  # of `Guidance`
+SAMPLERS = ("sequential", "jacobi")  # of `NormalizingFlow.inverse`
 DEEP_WINDOW = 32  # tokens of the deep block that `jacobi` works on at a time; all, in the others
 FAR = 1e8  # no token of a working flow is this large; its square is still finite in float32
 
@@ -446,10 +448,9 @@ class NormalizingFlow(nn.Module):
         more than `tolerance`. `watch` is called with (block, tokens solved) after each pass through
         that block. u is left unchanged.
         """
-        if rule not in ("tarflow", "starflow"):
-            raise ValueError(f'rule must be "tarflow" or "starflow", got "{rule}"')
-        if sampler not in ("sequential", "jacobi"):
-            raise ValueError(f'sampler must be "sequential" or "jacobi", got "{sampler}"')
+        for name, value, known in (("rule", rule, RULES), ("sampler", sampler, SAMPLERS)):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, got "{value}"')
         x, labels, deep = u, self._labels(u, labels), self.blocks[-1]
         for block in reversed(self.blocks):
             block_guidance = Guidance(guidance, annealed, rule) if block is deep else NO_GUIDANCE

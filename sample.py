@@ -44,6 +44,7 @@ from common.data import is_batch, save_png, shown_classes, write_npz
 from common.runs import Parser, fail, flag, positive, printable, rank, say, wait_for_all
 from common.shapes import from_uint8, read_prompts, to_uint8
 from emigm import sampling_order
+from flow import RULES, SAMPLERS
 from train import MIMFlow, count_parameters, draws_of_pictures, load_checkpoint, sample_noise
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -298,8 +299,7 @@ def sampling_flags() -> Parser:
     text = "weight of guidance, 0 = none (default: the preset's; paper's release: 2)"
     add("--guidance", type=runs.weight, metavar="W", help=text)
     add("--constant-guidance", action="store_true", help="the same for every token, not growing")
-    rules = ("tarflow", "starflow")
-    add("--guidance-rule", choices=rules, default="tarflow", help="how it acts (default: tarflow)")
+    add("--guidance-rule", choices=RULES, default="tarflow", help="how it acts (default: tarflow)")
     add("--denoise", action="store_true", help="TARFlow's score denoising of the latents")
     return parser
 
@@ -322,7 +322,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("how to invert the flow").add_argument
     text = "token by token, or many at once (default: sequential)"
-    add("--sampler", choices=("sequential", "jacobi"), default="sequential", help=text)
+    add("--sampler", choices=SAMPLERS, default="sequential", help=text)
     add("--tolerance", type=runs.weight, default=1e-5, metavar="X", help="of jacobi; default: 1e-5")
     add("--bf16", action=argparse.BooleanOptionalAction, help="default: on CUDA, but for jacobi")
     add("--cuda-graph", action="store_true", help="record a batch and replay it; not jacobi")

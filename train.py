@@ -21,9 +21,8 @@ Phase 2 (`DecoderTraining`), the decoder alone, against a discriminator:
 
 The same command continues an unfinished run, exactly on a CPU (on a GPU, whose kernels add in any
 order, or with another number of processes: up to rounding), on devices of the same kind, because
-nothing random needs saving: all that is random is a function of (seed, step). (One exception:
-BatchNorm of the discriminator sees the share of one process, unless on CUDA, where it is
-synchronised; so on CPU the number of processes, and anywhere --grad-accum, changes phase 2.)
+nothing random needs saving: all that is random is a function of (seed, step). (In phase 2 BatchNorm
+sees a part of the batch: --grad-accum, and on a CPU the number of processes, change its numbers.)
 """
 
 import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
@@ -225,8 +224,9 @@ def unbuildable(config: Config, most: float = float("inf")) -> str | None:
     """Why there can be no model with these sizes and `most` weights at most."""
     if problem := runs.out_of_range(config):
         return problem
-    if len(config.mask_ratio) != 2 or config.mask_ratio[0] > config.mask_ratio[1]:
-        return f"--mask-ratio needs LOW <= HIGH, got {shown(config.mask_ratio)}"
+    for name in ("mask_ratio", "emigm_interval"):
+        if len(pair := getattr(config, name)) != 2 or pair[0] > pair[1]:
+            return f"{flag(name)} needs LOW <= HIGH, got {shown(pair)}"
     try:  # the networks say themselves which of their sizes do not fit
         with torch.device("meta"):
             count = count_parameters(MIMFlow(replace(config, num_classes=config.num_classes or 0)))
@@ -917,11 +917,11 @@ def command_line() -> None:
         check_config(config)
         if config.data is not None or config.num_classes is None:
             config, _ = resolve(config)
-        print(*(f"{name:18} {shown(value)}" for name, value in asdict(config).items()), sep="\n")
+        say("\n".join(f"{name:18} {shown(value)}" for name, value in asdict(config).items()))
         with torch.device("meta"):  # nothing is allocated
             model = MIMFlow(config)
         for name, part in model.named_children():
-            print(f"{name:8} {count_parameters(part):>12,} parameters")
+            say(f"{name:8} {count_parameters(part):>12,} parameters")
     else:
         main(config, actions.overwrite)
 

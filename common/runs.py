@@ -235,10 +235,10 @@ def say(message: str) -> None:
         tqdm.write("\n".join(map(printable, message.split("\n"))))
         sys.stdout.flush()  # a log file shows the line at once
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        sys.stdout = open(os.devnull, "w")  # a full disk takes the words, not the run
-        print("note: standard output is full, nothing more is printed there", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # a full disk, or `| head`, takes the words, not the run
+        print("note: standard output is full or closed, nothing more is printed there", file=sys.stderr)
 
 
 def progress(work: Iterable | None, description: str, **settings: Any) -> tqdm:

@@ -133,6 +133,7 @@ FIELDS = [  # a field of the configuration, what it becomes, what the line says
     ("gated", "yes", "--gated cannot be 'yes'"),
     ("mask_ratio", [0.5], "--mask-ratio needs"),
     ("mask_ratio", [0.6, 0.4], "--mask-ratio needs"),
+    ("emigm_interval", [0.9, 0.1], "--emigm-interval needs"),
     ("mask_ratio", [NAN, NAN], "--mask-ratio must be"),
     ("mask_ratio", None, "--mask-ratio cannot be None"),
     ("sigma", NAN, "--sigma must be"),
@@ -622,6 +623,16 @@ def test_a_full_disk_under_standard_output_costs_words_only(home, monkeypatch, c
         runs.run_program(train.command_line)
     assert capsys.readouterr().err.count("standard output is full") == 1
     assert runs.read_archive(Path("new/last.pt"))["step"] == 2
+
+
+@pytest.mark.parametrize("command", ["sample.py run/model.pt --info", "train.py --dry-run"])
+def test_who_stops_listening_costs_words_only(command, home):
+    """As `| head` does."""
+    script, *flags = command.split()
+    speaks = python(str(ROOT / script), *flags)
+    speaks.stdout.close()
+    said = speaks.stderr.read()
+    assert speaks.wait(timeout=120) == 0 and said.count("\n") == 1 and "closed" in said, said
 
 
 def test_a_full_disk_names_the_file_and_what_to_do(home, monkeypatch, capsys):
