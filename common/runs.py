@@ -238,7 +238,7 @@ def say(message: str) -> None:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         sys.stdout = open(os.devnull, "w")  # a full disk, or `| head`, takes the words, not the run
-        print("note: standard output is full or closed, nothing more is printed there", file=sys.stderr)
+        print("note: standard output is full or closed: no more is printed there", file=sys.stderr)
 
 
 def progress(work: Iterable | None, description: str, **settings: Any) -> tqdm:

@@ -13,7 +13,7 @@ BUDGETS = {  # file -> its most lines, and the files of this level that it may i
     "losses": (430, "encoder"),
     "emigm": (350, "encoder"),
     "train": (930, "encoder flow decoder losses emigm"),
-    "sample": (400, "train emigm"),
+    "sample": (400, "train emigm flow"),
     "spectral": (450, "train"),
     "evaluate": (900, "train sample losses flow"),
 }
