@@ -6,14 +6,14 @@ ML-GSAI/eMIGM. Patches are masked, tokens are hidden or visible.
 
     z (B, K, d), standardised; order (B, K), a random permutation: its first n are visible
       | linear, + position; hidden tokens are as if dropped (MAE)
-    [class x buffer, visible tokens] --encoder--> linear
+    [class x buffer, visible tokens] --its encoder--> linear
       | a learnable mask token at each hidden place, + position
-    [class x buffer, all K places] --decoder--> + position --> h (B, K, C), a feature a token
+    [class x buffer, all K places] --its decoder--> + position --> h (B, K, C), a feature a token
       | Head: an MLP, each token for itself
     v (B, K, d), the velocity that carries noise to the token, given what is visible
 
 Training is conditional flow matching of each hidden token, given the visible ones (Eq. 7). Frozen
-latents: it rewards those easy to predict, and no logdet keeps an encoder from shrinking them.
+latents only: an encoder that learned with L would shrink z to ease it, and no logdet forbids that.
 
     t uniform in [t_min, 1]:   ceil(K gamma(t)) of K tokens are hidden                   (Sec. 4)
     x_tau = tau x + (1 - tau) eps,   eps ~ N(0, I),   tau uniform in [0, 1],   v = x - eps

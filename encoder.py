@@ -12,10 +12,10 @@
       | linear
     mu (B, K, d)                          z = mu + sigma * eps is Eq. 1, drawn by the caller
 
-Why replace instead of drop: every image has N + K tokens, whatever its ratio, and a mask token
-tells the encoder that something is hidden at its place. Why queries: the flow needs a sequence
-whose length and meaning do not depend on which patches happened to be hidden, as those of the
-visible patches alone would (MAE).
+Each image hides its own share of its patches (`random_mask`: uniform in 40 to 60 %). Why replace,
+not drop: every image has N + K tokens, and a mask token says that something is hidden at its place.
+Why queries: the flow needs a sequence whose length and meaning do not depend on which patches
+happened to be hidden, as those of the visible patches alone would (MAE).
 
 The Vision Transformer below (Attention, MLP, Block) is written out here and shared with decoder.py.
 The encoder is deterministic: the mask and the noise are drawn by whoever calls it.

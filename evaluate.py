@@ -14,7 +14,7 @@
         pool of the samples -> Inception Score
     x --masked encoder, noise--> z --decoder--> x_hat                       reconstruction
     x --encoder--> features (K, C) --> mu (K, d) --flow--> block 1 .. u     probe, map
-                                       z -> log p_F(z)                      likelihood
+    z as in reconstruction -> log p_F(z)                                    likelihood
 
 The five numbers of generation are those of ADM's evaluation suite (Dhariwal & Nichol 2021), whose
 .npz files are read and written here. Every number is printed and written (--json) with its
@@ -476,11 +476,11 @@ def probe(flags: Namespace) -> Stages:
 #
 #     log p_F(z) = log N(F(z); 0, I) + log |det dF/dz|            nats an image
 #     bits       = -log_2 p_F(z) / (K d)                          a latent number
-# Exact, not a bound. But of the latent z, not of the picture: these are not the bits/dim of pixel
-# models, and two models compare only if their latents do: 2 z costs one bit a number more than z,
-# and says the same. Densities can exceed 1, so bits can be negative; on average they cannot fall
-# below the entropy of the noise of Eq. 1, 0.5 log_2(2 pi e sigma^2) = 0.31 at sigma = 0.3. A class
-# can tell log_2(classes) bits an image; where it saves more, the null class is at fault.
+# Exact, not a bound; but of z, drawn once a picture, masked and noised as in training (--no-mask:
+# unmasked), not of the picture: these are not the bits/dim of pixel models, and two models compare
+# only if their latents do: 2 z costs one bit a number more than z, and says the same. Bits can be
+# negative, but on average not below the entropy of the noise of Eq. 1, 0.5 log_2(2 pi e sigma^2) =
+# 0.31 at sigma 0.3. A class saves log_2(classes) bits an image at most; more: the null class errs.
 
 
 def likelihood(flags: Namespace) -> Stages:

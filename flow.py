@@ -15,12 +15,12 @@ mu and sigma of Eq. 1, the encoder's mean and the noise on it, do not occur in t
 
 Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
-x_{i-1} first, so sampling goes token by token, with a key-value cache; or it iterates over many
-tokens at once, to the same result (`jacobi`). Blocks alternate the token order (forward, backward,
-...): one transforms a token given all before it, the next given all after it. A block alone makes
-each token a Gaussian given those before it; several make more of it. Of eight the last is deep and
-does nearly all the work ("deep-shallow"). So guidance, which predicts each token twice, is only
-there (App. A), where sampling begins.
+x_{i-1} first: token by token, K - 1 calls a block, the deep block first, keys and values cached; or
+many tokens at once, the same up to a tolerance (`jacobi`). Blocks alternate the order (forward,
+backward, ...): one transforms a token given all before it, the next given all after it. A block
+alone makes each token a Gaussian given those before it; several make more of it. Of eight the last
+is deep and does nearly all the work ("deep-shallow"). So guidance, which predicts each token twice,
+is only there (App. A), where sampling begins.
 
 Captions are what STARFlow has and the paper leaves to future work (Sec. 5): here without a text
 encoder. A caption is a row of L words, and a prefix that the deep block reads before the latent:
@@ -144,12 +144,12 @@ class Layer(nn.Module):
 class Guidance(NamedTuple):
     """Classifier-free guidance of the deep block: weight `w`, 0 = none, and how it acts.
 
-    w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w. With
-    rule "tarflow" (default) the conditional prediction is extrapolated, alpha += w_i (alpha -
-    alpha_null) and likewise mu; with "starflow" the token comes from p_c^(1 + w_i) / p_null^w_i.
-    In a product of Gaussians precisions exp(-2 alpha) add up, and means weighted by them. With the
-    precision of the class as the unit, s is that of the null class and t that of the product, which
-    is a Gaussian if t > 0: s is kept at 1 at most, and so t >= 1 (there the rule is no product).
+    w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w: that it
+    grows is TARFlow's choice alone. With rule "tarflow" (default) the conditional
+    prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with "starflow"
+    the token comes from p_c^(1 + w_i) / p_null^w_i. In a product of Gaussians precisions
+    exp(-2 alpha) add up, and means weighted by them. In units of the precision of the class, s is
+    that of the null class and t that of the product, a Gaussian if t > 0: s is kept at 1 at most.
         s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w_i - w_i s
         alpha = alpha_c - log(t) / 2,               mu = ((1 + w_i) mu_c - w_i s mu_null) / t
     """
@@ -217,7 +217,7 @@ class AutoregressiveBlock(nn.Module):
 
     def condition(self, labels: Tensor) -> Tensor | float:
         """Class embedding (B, 1, C) of labels; -1 is the null class, the MEAN of all classes'
-        embeddings, as in TARFlow: a label dropped in training trains them all, a little."""
+        embeddings, as in TARFlow: --label-drop, 10 % of the labels, trains them all, a little."""
         if self.class_embed is None or self.place is not None:
             return 0.0
         null, rows = self.class_embed.mean(dim=0), self.class_embed[labels.clamp(min=0)]
@@ -336,13 +336,12 @@ def jacobi(
     """Many tokens at once, by fixed-point iteration (arXiv 2505.12849): u -> x, (B, K, d) each.
 
     A sweep puts a guess of x into the right-hand side of x_i = u_i * exp(alpha_i) + mu_i for all
-    tokens of a window. It solves the first one, as all before the window are solved, and goes on
-    solving the next one while all before that have changed by at most `tolerance`, in every picture
-    of the batch. The window then begins after them, so K - 1 sweeps always suffice; `watch` is told
-    how many each has solved. Tolerance 0 is the sequential result, but may wait for mere rounding;
-    a larger one is off by about itself, mostly after far fewer sweeps. That paper: fixed segments;
-    here: a window that moves on with what is solved, because it needs no bound on the sweeps and
-    repeats no solved token.
+    tokens of a window. The first is then solved, as all before the window are, and so is each next
+    one while all before it have changed by at most `tolerance`, in every picture of the batch. The
+    window then begins after them: at least one a sweep, so K - 1 suffice; `watch` is told how many.
+    Tolerance 0 is the sequential result, but may wait for mere rounding; a larger one is off by
+    about itself, mostly after far fewer sweeps. That paper: fixed segments; here: a window that
+    moves on with what is solved, because it needs no bound on the sweeps and repeats no solved one.
     """
     x = u.clone()  # token 0 is solved; for the others u is a guess
     inputs, outputs, u_next = x[:, :-1], x[:, 1:], u[:, 1:]  # (B, K - 1, d): token i, token i + 1

@@ -27,9 +27,9 @@ Rounding leaves about 1e-16 (condition number)^2 in float64, so beyond 1e5 the s
 prove 1e-6. It is then reported as not converged, with its residual.
 
 J is block-diagonal over a batch, so one product serves all images. It is taken at real validation
-pictures, hidden and noised as in training, z = mu + sigma eps (Eq. 1), given the true class where
-run and pictures have classes. On mimflow-l a product with A is 0.48 TFLOP an image; in float64 the
-weights are 3.8 GB, the VJP's graph 0.8 GB an image, a remembered direction 128 kB an image.
+pictures, hidden and noised as in training (Eq. 1), given the true class where run and pictures have
+classes. On mimflow-l a product with A is 0.48 TFLOP an image; in float64 the weights are 3.8 GB,
+the VJP's graph 0.8 GB an image, a remembered direction 128 kB an image.
 """
 
 import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)

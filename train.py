@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py --preset mimflow-l --phase decoder \\
         --init runs/mimflow-l/model.pt --data /path/to/imagenet
 
-Phase 1 (`JointTraining`), encoder, flow and decoder together; gradients of all losses reach z:
+Phase 1 (`JointTraining`), all parts together; all losses reach the encoder through z (sigma 0.3):
 
     images (B,3,H,W), mask (B,N) --encoder--> mu (B,K,d) --+ sigma*eps--> z (B,K,d)      Eq. 1
     z, labels --flow--> u (B,K,d), logdet (B,)                        -> L_NLL           Eq. 4
@@ -14,15 +14,16 @@ Phase 1 (`JointTraining`), encoder, flow and decoder together; gradients of all 
     z --auxiliary decoders--> (B,N,C_t), frozen teachers(images)      -> L_aux           Eq. 7
     loss = lambda_nll L_NLL + L_recon + lambda_t L_aux, each teacher             Eq. 6 and 7
 
-Phase 2 (`DecoderTraining`), the decoder alone, against a discriminator:
+Phase 2 (`DecoderTraining`), the decoder alone, all else frozen, against a discriminator (hinge loss
+on images and on painted ones):
 
-    z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN
+    z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN = -mean of the logits
     loss = L_recon + lambda_gan L_GAN                                                    Eq. 8
 
-The same command continues an unfinished run, exactly on a CPU (on a GPU, whose kernels add in any
-order, or with another number of processes: up to rounding), on devices of the same kind, because
-nothing random needs saving: all that is random is a function of (seed, step). (In phase 2 BatchNorm
-sees a part of the batch: --grad-accum, and on a CPU the number of processes, change its numbers.)
+The same command continues an unfinished run on a device of the same kind: all that is random is a
+function of (seed, step), so nothing random is saved. A CPU repeats it exactly; a GPU, or another
+number of processes, up to rounding. (In phase 2 BatchNorm sees a part of the batch: --grad-accum,
+and on a CPU the number of processes, change its numbers.)
 """
 
 import common  # noqa: F401  # isort: skip (before torch: Ctrl-C)
@@ -279,10 +280,10 @@ def resolve(c: Config) -> tuple[Config, Dataset]:
 # --------------------------------------------------------------------------------------------------
 # What is random in a step
 #
-# All that is random in the networks in step s is drawn from one generator seeded with (seed, s),
-# for the GLOBAL batch; every process draws it all and takes its rows. So nothing random has to be
-# saved, a resumed run is the uninterrupted one, and two processes are one: with a stream for each
-# they would not be. (Order and flips of pictures, from seed and epoch: common/data.py.)
+# All that is random in step s (`Draws`: masks, noise, dropped labels, drop-path) is drawn for the
+# GLOBAL batch from one generator seeded with (seed, s); every process draws it all, takes its rows.
+# So nothing random is saved, a resumed run is the uninterrupted one, and two processes are one up
+# to rounding. (Order and flips of pictures, from seed and epoch: common/data.py.)
 
 
 def derived_seed(*parts: int) -> int:
@@ -469,7 +470,7 @@ class JointTraining(nn.Module):
         images (B, 3, H, W) or None. `nll_weight` grows with the step, so it is given."""
         model, c = self.model, self.model.config
         mu, z = model.latents(images, draws)  # Eq. 1, (B, K, d)
-        # -1 trains the null class (or empty caption) that guidance compares with: from one flow.
+        # Dropped labels (-1) train the null class, or empty caption, that guidance compares with.
         labels = torch.where(draws.drop_label.view(-1, *[1] * (labels.dim() - 1)), -1, labels)
         # Over the images of this forward pass: compare equal batch sizes only. Near 0 the latent
         # has collapsed: the flow is content and the picture is lost.
@@ -632,8 +633,6 @@ def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Te
 #                (phase 1) or discriminator and discriminator_optimizer (phase 2): to go on from
 #   previous.pt  the last.pt before it, in case that one is damaged
 #   model.pt     format, step, config, class_names, model (= the EMA weights): what one shares
-#
-# The bare model is saved, never what compile or DDP wrap around it.
 
 
 def saved_parts(model: MIMFlow, ema: MIMFlow, players: list[Player]) -> dict[str, Any]:
