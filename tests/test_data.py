@@ -49,6 +49,9 @@ def test_adm_crop_equals_box_halving_then_bicubic():
     left = (resized.shape[1] - 32) // 2
     result = np.asarray(data.adm_crop(picture, 32)).astype(int)
     assert np.abs(result - resized[:, left : left + 32]).max() <= 2  # two roundings
+    twice = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))  # halved, too
+    box = np.asarray(twice).astype(float).reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(data.adm_crop(twice, 32)) - box).max() <= 1
     for size in ((1, 1), (3, 200), (640, 33), (32, 32)):
         assert data.adm_crop(Image.new("RGB", size), 32).size == (32, 32)
 

@@ -705,6 +705,7 @@ LEFTOVERS = {  # what happens to the parts of an interrupted sample.py -> what t
     "key_binary": (lambda: Path("n.npz.parts/key.json").write_bytes(b"\xff\xfe"), "are removed"),
     "key_missing": (lambda: os.remove("n.npz.parts/key.json"), "are removed"),
     "part_cut": (lambda: cut("n.npz.parts/000000.npy"), "going on"),
+    "part_half": (lambda: Path("n.npz.parts/000007.npy.tmp").write_text(""), "going on"),
     "part_empty": (lambda: cut("n.npz.parts/000001.npy", 0), "going on"),
     "part_shape": (lambda: np.save("n.npz.parts/000000", np.zeros((2, 9, 9, 3), "u1")), "going on"),
     "part_type": (lambda: np.save("n.npz.parts/000000", np.zeros((2, 16, 16, 3))), "going on"),

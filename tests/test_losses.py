@@ -554,6 +554,8 @@ def test_a_scripted_teacher_only_teaches(tmp_path):
     features = teacher(images)
     assert not features.requires_grad and teacher.width == 16
     torch.testing.assert_close(features, network.eval()(images).detach())
+    with torch.autocast("cpu", torch.bfloat16):  # as in training on a GPU
+        assert torch.equal(teacher(images), features)
 
 
 def test_perceptual_only_measures_and_lets_the_gradient_through(perceptual):
