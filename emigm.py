@@ -4,7 +4,7 @@ The flow writes tokens one by one, exactly; this prior writes several at a time,
 has no density. "P" is its paper, whose sections and equations are cited here, the release is
 ML-GSAI/eMIGM. Patches are masked, tokens are hidden or visible.
 
-    z (B, K, d), standardised; order (B, K), a random permutation: its first n are visible
+    z (B, K, d), standardised once; order (B, K), a random permutation: its first n are visible
       | linear, + position; hidden tokens are as if dropped (MAE)
     [class x buffer, visible tokens] --its encoder--> linear
       | a learnable mask token at each hidden place, + position

@@ -179,7 +179,7 @@ def describe_checkpoint(path: Path, model: MIMFlow) -> Numbers:
 
 def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Pictures, Numbers]:
     """The model of the checkpoint that the command line names, with its EMA weights; `num` pictures
-    of the validation split, which training never saw; the protocol of the checkpoint."""
+    training never saw, of val/ (a folder without: of all of it); the protocol of the checkpoint."""
     path = flags.checkpoint = runs.find_checkpoint(flags.checkpoint)
     model = load_checkpoint(path, flags.device)
     if "out" in flags and flags.out is None:

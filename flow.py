@@ -4,11 +4,11 @@
 
     log p_F(z) = log N(F(z); 0, I) + log abs det dF/dz                                   (Eq. 4)
 
-One autoregressive block, on the tokens x_0 ... x_{K-1} in the block's own order:
+One autoregressive block, each with the class, on the tokens x_0 ... x_{K-1} in its own order:
 
     x (B, K, d) -> linear d -> C -> + position + class -> causal Transformer -> linear C -> 2d
                 -> shift by one token: mu_i, alpha_i depend on x_0 ... x_{i-1} only
-    u_i = (x_i - mu_i) * exp(-alpha_i),     log abs det = -sum_i alpha_i,     u_0 = x_0
+    u_i = (x_i - mu_i) * exp(-alpha_i),     log abs det = -sum of all alpha,     u_0 = x_0
 
 mu_i and alpha_i are the mean and the log of the scale of one token, given the tokens before it. The
 mu and sigma of Eq. 1, the encoder's mean and the noise on it, do not occur in this file.
@@ -16,11 +16,11 @@ mu and sigma of Eq. 1, the encoder's mean and the noise on it, do not occur in t
 Causality makes the Jacobian triangular: its determinant is the product of the exp(-alpha), and
 density takes one parallel pass. The inverse x_i = u_i * exp(alpha_i) + mu_i must know x_0 ...
 x_{i-1} first: token by token, K - 1 calls a block, the deep block first, keys and values cached; or
-many tokens at once, the same up to a tolerance (`jacobi`). Blocks alternate the order (forward,
-backward, ...): one transforms a token given all before it, the next given all after it. A block
-alone makes each token a Gaussian given those before it; several make more of it. Of eight the last
-is deep and does nearly all the work ("deep-shallow"). So guidance, which predicts each token twice,
-is only there (App. A), where sampling begins.
+many tokens at once, nearly the same (`jacobi`). Blocks alternate the order (forward, backward,
+...): one transforms a token given all before it, the next given all after it. A block alone makes
+each token a Gaussian given those before it; several make more of it. Of eight the last is deep and
+does nearly all the work ("deep-shallow"). So guidance, which predicts each token twice, is only
+there (App. A), where sampling begins.
 
 Captions are what STARFlow has and the paper leaves to future work (Sec. 5): here without a text
 encoder. A caption is a row of L words, and a prefix that the deep block reads before the latent:
@@ -144,10 +144,10 @@ class Layer(nn.Module):
 class Guidance(NamedTuple):
     """Classifier-free guidance of the deep block: weight `w`, 0 = none, and how it acts.
 
-    w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w: that it
-    grows is TARFlow's choice alone. With rule "tarflow" (default) the conditional
-    prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with "starflow"
-    the token comes from p_c^(1 + w_i) / p_null^w_i. In a product of Gaussians precisions
+    w_i = w * i/(K-1) for the token at place i of the block's order when `annealed`, else w: TARFlow
+    lets it grow, STARFlow does not; no reason is known to us. With rule "tarflow" (default) the
+    conditional prediction is extrapolated, alpha += w_i (alpha - alpha_null) and likewise mu; with
+    "starflow" the token comes from p_c^(1 + w_i) / p_null^w_i. In a product of Gaussians precisions
     exp(-2 alpha) add up, and means weighted by them. In units of the precision of the class, s is
     that of the null class and t that of the product, a Gaussian if t > 0: s is kept at 1 at most.
         s = min(exp(alpha_c - alpha_null), 1)^2,    t = 1 + w_i - w_i s

@@ -15,7 +15,7 @@
     x (B, 3, H, W) --DINOv2, CLIP, HOG--> f(x) (B, N, C_t)
 
 Phase 1 trains everything on L_joint + lambda_t * L_aux, a sum over teachers; phase 2 the decoder on
-L_ft. Tab. 7: lambda_nll 1 (small presets 0.01), p 1.1, t 1, gan 0.05 (train.Config). A loss is one
+L_ft. lambda_nll 1, p 1.1, t 1, gan 0.05 (Tab. 7; shapes: 0.01, 0, no teacher, 0.001). A loss is one
 number an image, (B,): so one process on a batch and many on its parts compute the same.
 """
 

@@ -9,7 +9,7 @@
 
     u ~ N(0, I) (B, K, d), label --flow inverse, guided in the deep block--> z (B, K, d)
     [ z <- z + sigma^2 * grad_z log p_F(z), TARFlow's denoising, with --denoise ]
-    z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8
+    z --decoder--> image (B, 3, H, W) in [-1, 1] --> uint8      (nothing masked; no noise added)
 
 Sample i has class (or prompt) number i mod C and noise of its own, by seed and i. They are made in
 batches of --batch-size, batch j by process j mod world_size, so that one process and many write the
@@ -18,7 +18,7 @@ OUTPUT.parts: after an interruption the same command goes on. (The "--" keeps to
 --num as an abbreviation of a flag of its own.)
 
 The flow is inverted token by token, or with --sampler jacobi by iterating over many tokens at once,
-to the same latents up to --tolerance: it can pay for single pictures of a large flow. On CUDA,
+to nearly the same latents: it can pay for single pictures of a large flow. On CUDA,
 --cuda-graph records the second batch and replays it without Python: it pays from the third on.
 The second prior (emigm.py) reveals tokens in --steps instead, in an order drawn from (seed, i, 2).
 """

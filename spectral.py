@@ -7,7 +7,7 @@ J = dF/dz is D x D, D = K d, too large to write down (mimflow-l: 8192^2), but it
 automatic differentiation: J v from a JVP, J^T u from a VJP. With A = J^T J, from a random v_0:
 
     v_{k+1} = A v_k / ||A v_k||,                           sigma_max = sqrt(v^T A v)       (Eq. 9)
-    solve (A + eps I) w = v_k,  v_{k+1} = w / ||w||                                        (Eq. 10)
+    solve (A + eps I) w = v_k by conjugate gradients,  v_{k+1} = w / ||w||                 (Eq. 10)
                                                            sigma_min = sqrt(lambda - eps)  (Eq. 11)
     condition number = sigma_max / sigma_min
 

@@ -18,7 +18,7 @@ Phase 2 (`DecoderTraining`), the decoder alone, all else frozen, against a discr
 on images and on painted ones):
 
     z as above --decoder--> image --PatchDiscriminator--> logits      -> L_GAN = -mean of the logits
-    loss = L_recon + lambda_gan L_GAN                                                    Eq. 8
+    loss = L_recon + lambda_gan L_GAN,  L_recon = pixels and LPIPS                 Eq. 5 and 8
 
 The same command continues an unfinished run on a device of the same kind: all that is random is a
 function of (seed, step), so nothing random is saved. A CPU repeats it exactly; a GPU, or another
@@ -282,8 +282,8 @@ def resolve(c: Config) -> tuple[Config, Dataset]:
 #
 # All that is random in step s (`Draws`: masks, noise, dropped labels, drop-path) is drawn for the
 # GLOBAL batch from one generator seeded with (seed, s); every process draws it all, takes its rows.
-# So nothing random is saved, a resumed run is the uninterrupted one, and two processes are one up
-# to rounding. (Order and flips of pictures, from seed and epoch: common/data.py.)
+# So nothing random is saved, a resumed run is the uninterrupted one, on a CPU to the bit, and two
+# processes are one up to rounding. (Order, flips of pictures: by seed and epoch, common/data.py.)
 
 
 def derived_seed(*parts: int) -> int:

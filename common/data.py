@@ -382,9 +382,8 @@ def training_loader(
 class Pictures(Dataset):
     """Some pictures of a split of --data: what a checkpoint is looked at with.
 
-    num: how many, drawn with the seed (class folders are sorted by class, so that the first ones
-    would be of one class); None = all. self[range] is (images (n, 3, H, W) in [-1, 1], labels
-    (n,), numbers (n,)), where a number is the picture's place in the dataset.
+    num: how many, drawn with the seed, as folders are sorted by class; None = all. self[range] is
+    (images (n, 3, H, W) in [-1, 1], labels (n,), numbers (n,)): places in the dataset.
     """
 
     def __init__(
@@ -409,7 +408,8 @@ class Pictures(Dataset):
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of these pictures."""
-        return {"data": self.source, "split": self.split, "pictures": len(self)}
+        split = "the whole folder: no val/" if self.root == Path(self.source) else self.split
+        return {"data": self.source, "split": split, "pictures": len(self)}
 
 
 class PictureSet(Dataset):

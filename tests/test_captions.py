@@ -312,8 +312,10 @@ def test_own_captions_are_lines_beside_the_picture(tmp_path):
     assert dataset.row(0, 5).tolist() == dataset[5, 0][1].tolist()
     for epoch in range(20):  # flipped in half of the epochs if there were no captions
         assert torch.equal(dataset[epoch, 1][0], dataset[1][0])
-    images, rows, _ = data.Pictures(str(folder), 16, places=3)[range(4)]
+    pictures = data.Pictures(str(folder), 16, places=3)
+    images, rows, _ = pictures[range(4)]
     assert images.shape == (4, 3, 16, 16) and rows.shape == (4, 3)
+    assert "no val/" in pictures.describe()["split"]  # training sees them all
 
 
 def test_check_data_names_what_stands_alone(tmp_path, capsys):
