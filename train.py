@@ -192,6 +192,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["captions"] = PRESETS[LAPTOP] | dict(  # more to tell apart: longer latents, cheaper
     caption_words=8, latent_dim=16, nll_weight=0.005, steps=6000, guidance=2.0)
+# Small patches, a flow too small for its latents: there, after phase 2, masks pay (docs/claims.md).
+PRESETS["masks"] = PRESETS[LAPTOP] | dict(flow_head_dim=16, mask_warmup=500, steps=4000,
+    image_size=36, patch_size=3, num_latents=32, latent_dim=16, flow_width=32, flow_depths=(1, 1))
 
 # What --prior emigm changes in a preset.
 EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
@@ -203,8 +206,8 @@ EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
 # What --phase decoder changes in a preset (Tab. 7, right column).
 DECODER_PHASE: dict[str, dict[str, Any]] = {"mimflow-l": dict(epochs=2)} | dict.fromkeys(
     # paper: 0.05, beside LPIPS. Against MSE alone 0.005 already paints a grid of artefacts.
-    (LAPTOP, "photos", "captions"), dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001)
-)
+    (LAPTOP, "photos", "captions", "masks"),
+    dict(steps=600, mask_warmup=0, lr=3e-4, gan_weight=0.001))
 
 # Fields that may change when a run is continued; any other difference makes it another run.
 MAY_CHANGE = {
@@ -613,9 +616,8 @@ def accumulate_gradients(
 
 def update(players: list[Player], config: Config, lr: float) -> tuple[Tensor, Tensor]:
     """A step of every optimizer with clipped gradients -> the norm of the first player's gradient;
-    1.0 if any gradient was not finite, else 0.0. Then no weight or moment moves (found_inf, as
-    GradScaler does it: the decision stays on the device). The norms are of averaged gradients, so
-    all processes decide alike, and both players move or none."""
+    1.0 if any gradient was not finite, else 0.0: then nothing moves (found_inf, decided on the
+    device, as GradScaler does). Norms are of averaged gradients: all processes decide alike."""
     norms = [nn.utils.clip_grad_norm_(p.module.parameters(), config.grad_clip) for p in players]
     not_finite = 1 - torch.stack(norms).isfinite().all().float()
     for optimizer in (player.optimizer for player in players):
@@ -897,7 +899,6 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
     add("--overwrite", action="store_true", help="start again in a used run folder")
     add("--dry-run", action="store_true", help="print configuration and sizes, stop")
     add("--check-data", action="store_true", help="open every picture once, stop")
-    # In --help, in brackets: the paper's value and that of shapes. --preset has been added above.
     shows = [asdict(preset_config(preset)) for preset in ("mimflow-l", LAPTOP)]
     runs.add_field_flags(parser, fields(Config)[1:], FLAG_GROUPS, shows)
     given = vars(parser.parse_args(arguments))

@@ -44,17 +44,13 @@ MASKS["0-80 %"] = "0 0.8"  # "mixed"; the paper gives no range
 
 # The paper's proportions in small: 12 x 12 patches, small beside what they show; a latent of 512
 # numbers, K = 32 and d = 16, and a flow too small for it: only so is there something to gain.
-SIZE, PATCHES = 36, 12  # of a side: pixels, patches
-SETTING = (
-    f"--image-size {SIZE} --patch-size {SIZE // PATCHES} --num-latents 32 --latent-dim 16 "
-    "--steps 2000 --mask-warmup 500 --nll-warmup 500"
-)
-FLOWS = {  # Transformer layers x width
-    "2 x 16": "--flow-width 16 --flow-head-dim 16 --flow-depths 1 1",
-    "2 x 32": "--flow-width 32 --flow-head-dim 16 --flow-depths 1 1",
+SETTING, SIZE, PATCHES = "--preset masks", 36, 12  # of a side: pixels, patches
+FLOWS = {  # Transformer layers x width; the preset's is 2 x 32
+    "2 x 16": "--flow-width 16",
     "6 x 96": "--flow-width 96 --flow-head-dim 24 --flow-depths 1 1 1 3",
 }
-NLL_WEIGHTS = ("0.003", "0.01", "0.03", "0.1")  # of Eq. 6; 0.01 is that of the preset shapes
+NLL_WEIGHTS = ("0.003", "0.01", "0.03", "0.1")  # of Eq. 6; 0.01 is the preset's
+SHORT = "--steps 2000 --nll-weight"
 
 
 class Row(NamedTuple):
@@ -66,28 +62,32 @@ class Row(NamedTuple):
     before: str = ""  # the row whose models it goes on from, in phase 2
 
 
-GRID = [Row(f"NLL {w}, flow 2 x 32", f"{FLOWS['2 x 32']} --nll-weight {w}") for w in NLL_WEIGHTS]
+GRID = [Row(f"NLL {w}, flow 2 x 32", f"{SHORT} {w}") for w in NLL_WEIGHTS]
 GRID += [
-    Row(f"NLL {w}, flow {name}", f"{FLOWS[name]} --nll-weight {w}")
+    Row(f"NLL {w}, flow {name}", f"{SHORT} {w} {FLOWS[name]}")
     for name in ("2 x 16", "6 x 96")
     for w in ("0.01", "0.03")
 ]
-# Tab. 5, 8 and 9 in miniature, at the weight and the flow with the best samples
-BEST = f"{FLOWS['2 x 32']} --nll-weight 0.03"
 GRID += [
-    Row("K 16", f"{BEST} --num-latents 16"),
-    Row("K 48", f"{BEST} --num-latents 48"),
-    Row("sigma 0.2", f"{BEST} --sigma 0.2"),
-    Row("sigma 0.5", f"{BEST} --sigma 0.5"),
-    Row("teacher 0.3", f"{BEST} --teachers TEACHER --teacher-weight 0.3"),
-    Row("teacher 1", f"{BEST} --teachers TEACHER"),  # the paper's weight
-    Row("MIM weight 5", f"{BEST} --mim-weight 5", ("40-60 %",)),
-    Row("MIM weight 10", f"{BEST} --mim-weight 10", ("40-60 %",)),
-    Row("NLL 0.01, 4,000 steps", f"{FLOWS['2 x 32']} --nll-weight 0.01 --steps 4000"),
-    Row("other ratios", BEST, ("20-40 %", "60-80 %", "0-80 %")),
+    Row("K 16", f"{SHORT} 0.03 --num-latents 16"),
+    Row("teacher 0.3", f"{SHORT} 0.03 --teachers TEACHER --teacher-weight 0.3"),
+    Row("other ratios", f"{SHORT} 0.03", ("20-40 %", "60-80 %", "0-80 %")),
+]
+# The preset's 4,000 steps: there, after phase 2, masks pay. Tab. 5, 8 and 9 in miniature.
+GRID += [
+    Row("NLL 0.01, 4,000 steps", ""),
+    Row("NLL 0.03, 4,000 steps", "--nll-weight 0.03"),
+    Row("other ratios, 4,000 steps", "", ("20-40 %", "60-80 %", "0-80 %")),
+    Row("MIM weight 5, 4,000 steps", "--mim-weight 5", ("40-60 %",)),
+    Row("MIM weight 10, 4,000 steps", "--mim-weight 10", ("40-60 %",)),
+    Row("teacher 1, 4,000 steps", "--teachers TEACHER"),  # the paper's weight
+    Row("K 16, 4,000 steps", "--num-latents 16"),
+    Row("K 48, 4,000 steps", "--num-latents 48"),
+    Row("sigma 0.2, 4,000 steps", "--sigma 0.2"),
+    Row("sigma 0.5, 4,000 steps", "--sigma 0.5"),
 ]
 AFTER = [*GRID[:4], *(row for row in GRID if "steps" in row.name)]
-GRID += [Row(f"phase 2 of {row.name}", row.flags, before=row.name) for row in AFTER]
+GRID += [Row(f"phase 2 of {row.name}", row.flags, row.arms, before=row.name) for row in AFTER]
 
 
 class Run(NamedTuple):
@@ -105,7 +105,7 @@ class Run(NamedTuple):
             flags = flags.replace("TEACHER", str(teacher_file(self.folder.parent, SIZE, PATCHES)))
         if self.row.before:
             first = run_folder(self.folder.parent, self.row.before, self.arm, self.seed)
-            flags += f" --phase decoder --init {first}/model.pt --steps 600 --mask-warmup 0"
+            flags += f" --phase decoder --init {first}/model.pt --steps 600"
         return [*flags.split(), "--out", str(self.folder)]
 
 
@@ -205,9 +205,9 @@ def cell(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
-def collect(row: Row, arm: str, folder: Path) -> dict[str, list[float]]:
+def collect(row: str, arm: str, folder: Path) -> dict[str, list[float]]:
     """key of judged.json -> its values over the seeds that are there."""
-    files = (run_folder(folder, row.name, arm, seed) / "judged.json" for seed in SEEDS)
+    files = (run_folder(folder, row, arm, seed) / "judged.json" for seed in SEEDS)
     found = [json.loads(path.read_text()) for path in files if path.exists()]
     return {key: [one[key] for one in found] for key in (found[0] if found else ())}
 
@@ -216,7 +216,7 @@ def print_table(rows: list[Row], folder: Path) -> None:
     print(f"| setting | hidden | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (3 + len(COLUMNS))}|")
     for row in rows:
         for arm in MASKS:
-            if not (found := collect(row, arm, folder)):
+            if not (found := collect(row.name, arm, folder)):
                 continue
             cells = [cell(found[key]) for key in COLUMNS.values()]
             cells[-1] += f" / {cell(found['flat'])}"
@@ -224,32 +224,31 @@ def print_table(rows: list[Row], folder: Path) -> None:
 
 
 def plot(folder: Path, path: Path) -> None:
-    """FD, rFD and right classes against the weight of the NLL, with and without masks."""
+    """FD and rFD against the weight of the NLL, before and after phase 2; FD against the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     one, two, right = figure.subplots(1, 3)
-    joint, names = GRID[:4], [row.name for row in GRID[:4]]
-    after = [row for row in GRID if row.before in names]
-    lines = [(one, joint, "fd_0", "-"), (one, joint, "fd_r", ":"), (two, after, "fd_0", "-")]
-    lines += [(two, after, "fd_r", ":")]
-    lines += [(right, joint, "right_0", "-"), (right, after, "right_0", "--")]
+    weights = {float(w): f"NLL {w}, flow 2 x 32" for w in NLL_WEIGHTS}  # x -> row
+    steps, later = {2000: weights[0.01], 4000: "NLL 0.01, 4,000 steps"}, "phase 2 of "
+    lines = [(one, weights, "", "fd_0", "-"), (one, weights, "", "fd_r", ":")]
+    lines += [(two, weights, later, "fd_0", "-"), (two, weights, later, "fd_r", ":")]
+    lines += [(right, steps, "", "fd_0", "--"), (right, steps, later, "fd_0", "-")]
     for color, arm in enumerate(("none", "40-60 %")):
-        for axes, rows, key, style in lines:
-            pairs = zip(map(float, NLL_WEIGHTS), rows, strict=True)
-            found = {w: collect(row, arm, folder).get(key) for w, row in pairs}
-            found = {w: values for w, values in found.items() if values}
-            label = f"{arm} hidden" + {":": ": reconstructions", "--": ", phase 2"}.get(style, "")
-            how = dict(label=label, color=f"C{color}", linestyle=style)
+        for axes, rows, phase, key, style in lines:
+            found = {x: collect(phase + row, arm, folder).get(key) for x, row in rows.items()}
+            found = {x: values for x, values in found.items() if values}
+            text = {":": ": reconstructions", "--": ", before phase 2"}.get(style, "")
+            how = dict(label=f"{arm} hidden{text}", color=f"C{color}", linestyle=style)
             axes.plot(list(found), [np.mean(values) for values in found.values()], **how)
-            for w, values in found.items():  # each training a dot
-                axes.plot([w] * len(values), values, ".", color=f"C{color}")
-    for axes, title in ((one, "phase 1"), (two, "phase 2")):
+            for x, values in found.items():  # each training a dot
+                axes.plot([x] * len(values), values, ".", color=f"C{color}")
+    titles = ("phase 1, 2,000 steps", "after phase 2", "NLL 0.01, by the steps of phase 1")
+    for axes, title in zip((one, two, right), titles, strict=True):
         axes.set(ylabel="Frechet distance", ylim=(0, 50), title=title)
-    right.set(ylabel="samples of the right class, %")
-    for axes in (one, two, right):
         axes.set(xlabel="weight of the NLL", xscale="log", xlim=(0.0025, 0.13))
         axes.legend(fontsize=7)
+    right.set(xlabel="steps", xscale="linear", xlim=(1800, 4200), xticks=list(steps))
     figure.savefig(path, dpi=110)
 
 
