@@ -568,8 +568,7 @@ def make_players(model: MIMFlow, frozen: FrozenNetworks, device: torch.device) -
 
 def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """`module` as the loop calls it: compiled if asked for, gradients averaged over processes."""
-    if config.compile:
-        module = torch.compile(module)
+    module = torch.compile(module) if config.compile else module
     if world_size() > 1:
         # Newer torch has another name for this flag, but still takes the old one.
         warnings.filterwarnings("ignore", ".broadcast_buffers.", FutureWarning)
@@ -899,6 +898,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
     add("--overwrite", action="store_true", help="start again in a used run folder")
     add("--dry-run", action="store_true", help="print configuration and sizes, stop")
     add("--check-data", action="store_true", help="open every picture once, stop")
+    # In --help, in brackets: the paper's value and that of shapes. --preset has been added above.
     shows = [asdict(preset_config(preset)) for preset in ("mimflow-l", LAPTOP)]
     runs.add_field_flags(parser, fields(Config)[1:], FLAG_GROUPS, shows)
     given = vars(parser.parse_args(arguments))
