@@ -196,7 +196,7 @@ COLUMNS = {  # heading -> key of judged.json
     "rFD": "fd_r", "FD": "fd_0", "gap": "gap", "right, %": "right_0", "MSE": "mse", "NLL": "nll",
     "probe pooled / flat": "pooled",
 }  # fmt: skip
-SHOWN = "phase 2 of NLL 0.01, flow 2 x 32"  # the row whose samples are shown
+SHOWN = "phase 2 of NLL 0.01, 4,000 steps"  # the row whose samples are shown
 
 
 def cell(values: list[float]) -> str:
@@ -227,7 +227,7 @@ def plot(folder: Path, path: Path) -> None:
     """FD and rFD against the weight of the NLL, before and after phase 2; FD against the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     one, two, right = figure.subplots(1, 3)
     weights = {float(w): f"NLL {w}, flow 2 x 32" for w in NLL_WEIGHTS}  # x -> row
     steps, later = {2000: weights[0.01], 4000: "NLL 0.01, 4,000 steps"}, "phase 2 of "
@@ -245,9 +245,9 @@ def plot(folder: Path, path: Path) -> None:
                 axes.plot([x] * len(values), values, ".", color=f"C{color}")
     titles = ("phase 1, 2,000 steps", "after phase 2", "NLL 0.01, by the steps of phase 1")
     for axes, title in zip((one, two, right), titles, strict=True):
-        axes.set(ylabel="Frechet distance", ylim=(0, 50), title=title)
+        axes.set(ylabel="Frechet distance", yscale="log", ylim=(0.1, 60), title=title)
         axes.set(xlabel="weight of the NLL", xscale="log", xlim=(0.0025, 0.13))
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower left")
     right.set(xlabel="steps", xscale="linear", xlim=(1800, 4200), xticks=list(steps))
     figure.savefig(path, dpi=110)
 
