@@ -280,18 +280,20 @@ def main() -> None:
     if options.judge:
         return judge_run(options.judge)
     rows = [row for row in GRID if any(word in row.name for word in options.only)]
-    runs = [
-        Run(row, arm, seed, run_folder(options.folder, row.name, arm, seed))
-        for seed in options.seeds  # outermost: the whole map first, then its spread
-        for row in rows
-        for arm in row.arms
-    ]
     if not options.table:
         the_judge(options.folder, SIZE)  # before two processes want it
         if any("TEACHER" in row.flags for row in rows):
             teacher_file(options.folder, SIZE, PATCHES)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(train_and_judge, runs))
+            for seed in options.seeds:  # outermost: the whole map first, then its spread
+                for later in (False, True):  # phase 2 goes on from models of phase 1
+                    runs = [
+                        Run(row, arm, seed, run_folder(options.folder, row.name, arm, seed))
+                        for row in rows
+                        if bool(row.before) == later
+                        for arm in row.arms
+                    ]
+                    list(pool.map(train_and_judge, runs))
     print_table(rows, options.folder)
     if options.table:
         plot(options.folder, ROOT / "docs/claims.png")
