@@ -813,7 +813,7 @@ CROP = runs.number(int, 1, 8192, "from 1 to 8192")
 WORKERS = runs.number(int, 0, 1024, "from 0 to 1024")
 SHARE = runs.number(float, 0, 1, "between 0 and 1")
 FLAGS: dict[str, dict[str, Any]] = {  # each is told once; a subcommand names those that it has
-    "checkpoint": dict(nargs="?", metavar="CKPT", help="model.pt (default: newest; cost: none)"),
+    "checkpoint": dict(nargs="?", metavar="CKPT", help="model.pt (as in sample.py; cost: none)"),
     "samples": dict(type=Path, help=".npz, folder, or a checkpoint (.pt) to sample from"),
     "reference": dict(type=Path, help=".npz (ADM's VIRTUAL_..., or arr_0 alone), or folder"),
     "logs": dict(nargs="+", type=Path, metavar="RUN", help="run folders or log.jsonl files"),
@@ -824,7 +824,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # each is told once; a subcommand names th
     "--vgg": dict(metavar="FILE", help="VGG16 weights for LPIPS (default: as for --inception)"),
     "--crop": dict(type=CROP, metavar="SIDE", help="crop folders' pictures as in training"),
     "--npz": dict(type=Path, metavar="FILE", help="samples (default: beside CKPT)"),
-    "--out": dict(type=Path, metavar="PNG", help="picture (default: beside CKPT)"),
+    "--out": dict(type=Path, metavar="PNG", help="picture (default: beside CKPT; curves: here)"),
     "--mask-ratio": dict(type=SHARE, nargs=2, metavar=("LOW", "HIGH"), help="0 0 = none hidden"),
     "--no-mask": dict(action="store_true", help="whole pictures (default: hidden as in training)"),
     "--num-train": dict(type=AT_LEAST_2, metavar="N", help="training pictures (default: all)"),

@@ -308,7 +308,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     """The flags of sample.py; what is left open is decided in `main`, which knows the model."""
     parser = Parser(description="Sample pictures from a checkpoint.", parents=[sampling_flags()])
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="model.pt of a run (default: the newest runs/*/model.pt)")
+    add("checkpoint", nargs="?", help="model.pt (default: newest runs/*/model.pt, or shapes.pt)")
     add("--info", action="store_true", help="describe the checkpoint and stop")
     add("--classes", nargs="+", metavar="C", help="default: all; without --npz, 8 of many")
     add("--prompt", nargs="+", metavar="TEXT", help="captions, of a model that reads them")

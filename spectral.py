@@ -431,7 +431,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     parser = runs.Parser(ArgumentDefaultsHelpFormatter, description=__doc__.splitlines()[0])
     add, size = parser.add_argument, runs.number(float, 1e-99, 0.1, "positive, 0.1 at most")
     count, small = dict(type=runs.positive, metavar="N"), dict(type=size, metavar="X")
-    add("checkpoints", nargs="*", metavar="CKPT", help="model.pt files; none = newest of runs/")
+    add("checkpoints", nargs="*", metavar="CKPT", help="model.pt files; none = as sample.py")
     add("--data", metavar="FOLDER", help="pictures (val/ if there is one); None = the run's own")
     add("--images", default=64, help="pictures per checkpoint", **count)
     add("--shift", default=1e-12, help="eps of Eq. 10, over sigma_max^2", **small)

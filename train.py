@@ -142,7 +142,7 @@ class Config:
     seed: int = option(0, "seed of weights, data order, masks and noise", (0, 2**63 - 1))
     # The run
     guidance: float = option(2.0, "of the sample grids, and sample.py's default; 0 = none")
-    out: str | None = option(None, "folder of the run (default: runs/PRESET)", metavar="FOLDER")
+    out: str | None = option(None, "its folder (default: runs/PRESET[-decoder])", metavar="FOLDER")
     save_every: int = option(5000, "steps between checkpoints", POSITIVE)
     log_every: int = option(100, "steps between lines of log.jsonl", POSITIVE)
     sample_every: int = option(5000, "steps between sample grids", POSITIVE)
@@ -891,14 +891,14 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, argpars
     """The Config of the flags (preset first, flags on top), and the flags that only act."""
     parser = runs.Parser(
         description="Train MIMFlow (Sec. 3.2.3 and 3.3). The same command continues a run.",
-        epilog="In brackets: the paper's value (preset mimflow-l, Tab. 6 and 7); that of shapes.",
+        epilog="In brackets: phase 1 of mimflow-l (the paper's, where it tells); of shapes.",
     )
     add = parser.add_argument
     add("--preset", default=LAPTOP, choices=PRESETS, help=f"default: {LAPTOP}")
     add("--overwrite", action="store_true", help="start again in a used run folder")
     add("--dry-run", action="store_true", help="print configuration and sizes, stop")
     add("--check-data", action="store_true", help="open every picture once, stop")
-    # In --help, in brackets: the paper's value and that of shapes. --preset has been added above.
+    # In --help, in brackets: values of mimflow-l and of shapes. --preset has been added above.
     shows = [asdict(preset_config(preset)) for preset in ("mimflow-l", LAPTOP)]
     runs.add_field_flags(parser, fields(Config)[1:], FLAG_GROUPS, shows)
     given = vars(parser.parse_args(arguments))
