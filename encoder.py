@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROPE_THETA = 10.0  # base of the rotary frequencies of "mixed" 2-D rotary positions (RoPE-ViT)
-TOKEN_STD = 0.7  # initial std of free tokens: that of the sine-cosine positions beside them
+TOKEN_STD = 0.7  # initial std of free tokens: the rms of the sine-cosine positions beside them
 
 
 # --------------------------------------------------------------------------------------------------

@@ -364,11 +364,11 @@ def reconstruction(flags: Namespace) -> Stages:
 #
 # How much of the class can one linear layer read off? The networks stay frozen. Two traps:
 # - The flow is given no label. With it, the probe would read off what it was told.
-# - A drop towards the last blocks is no loss of information: the flow is invertible. But the last
-#   ones turn tokens into noise that is independent from token to token, and a mean over tokens, the
-#   paper's pooling, cancels it: see --pool flat.
+# - A drop towards the last blocks is no loss of information: the flow is invertible. But they turn
+#   tokens into independent noise, which the paper's mean over tokens cancels: see --pool flat.
 # paper: "REPA's protocol"; here: that of the authors' release, which trains on the K outputs of the
-# encoder before they are projected to d numbers. Tab. 5's Acc. is encoder_features.
+# encoder before they are projected to d numbers (encoder_features: Tab. 5's Acc.), and in the flow
+# on hidden features of attention layers; here: on the outputs of blocks.
 
 
 @torch.no_grad()
@@ -655,7 +655,7 @@ def count_multiply_adds(work: Callable[[], Any]) -> int:
 
 def some_labels(c: Config, count: int) -> Tensor:
     """As many labels: the classes in turn, or captions of equal words."""
-    labels = torch.arange(count) % max(c.num_classes, 1)
+    labels = torch.arange(count) % c.num_classes if c.num_classes else torch.full((count,), -1)
     return labels[:, None].expand(-1, c.caption_words) if c.caption_words else labels
 
 

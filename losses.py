@@ -53,6 +53,7 @@ def pixel_loss(
     images, reconstructions (B, 3, H, W) in [-1, 1] -> (B,). Only the "MIM weight" of App. C.2 looks
     at masks: it scales the squared errors in masked patches, `mask` (B, N) bool, True = hidden, N =
     grid * grid. The sum is still divided by the number of pixels: visible ones count as without.
+    release: pixels in [0, 1], so a quarter of this, and divided by the sum of the weights.
     """
     square = (images - reconstructions).square()  # (B, 3, H, W)
     if mask is not None:
@@ -114,8 +115,8 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The hinge loss of the discriminator: two times (B, 1, h, w) -> (B,).
 
-    paper: "hinge", no formula; here: half the sum of the two hinges, as in VQGAN and RAE. The
-    caller detaches the reconstructions, or the decoder would learn to be found out.
+    paper: that of RAE, no formula; here: half the sum of the two hinges, as in RAE, VQGAN and the
+    release. The caller detaches reconstructions, or the decoder would learn to be found out.
     """
     real = F.relu(1 - real_logits).mean(dim=(1, 2, 3))
     fake = F.relu(1 + fake_logits).mean(dim=(1, 2, 3))
@@ -123,7 +124,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one logit for every overlapping 70 x 70 patch.
+    """PatchGAN (Isola et al. 2017): one logit for every overlapping 70 x 70 patch. paper: "patch-
+    based" and "following RAE", which has another; here: the one of the authors' release.
 
     image (B, 3, H, W) -> 64 -> 128 -> 256 (stride 2 each) -> 512 -> 1, logits (B, 1, h, w)
     """

@@ -68,8 +68,8 @@ def choose_classes(names: list[str] | None, model: MIMFlow, every: bool = False)
     known = {str(i): i for i in range(count)} | {n: i for i, n in enumerate(model.class_names)}
     for name in names:
         if name not in known:
-            known = f"this model has classes 0 to {count - 1}, --info names them"
-            fail(f"{name!r:.50} is no class and no picture: {known}", 2)
+            hint = f"this model has classes 0 to {count - 1}, --info names them"
+            fail(f"{name!r:.50} is no class and no picture: {hint}", 2)
     return [known[name] for name in names]
 
 

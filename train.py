@@ -54,7 +54,7 @@ from encoder import MaskedEncoder, random_mask
 from flow import SCALES, NormalizingFlow
 from losses import TEACHERS, DiscriminatorTraining, FrozenNetworks, PatchDiscriminator, Perceptual
 
-FITTED = 2048  # pictures from which the second prior learns mean and std of the latents
+FITTED = 2048  # pictures, at least, that tell the second prior mean and std of the latents
 CHECKPOINT_FORMAT = 1  # raised when a file of this program can no longer be read by an older one
 RETIRED = ("convnext", "convnext_mix")  # fields of older checkpoints: switches that were dropped
 
@@ -197,7 +197,7 @@ PRESETS["masks"] = PRESETS[LAPTOP] | dict(flow_head_dim=16, mask_warmup=500, ste
     image_size=36, patch_size=3, num_latents=32, latent_dim=16, flow_width=32, flow_depths=(1, 1))
 
 # What --prior emigm changes in a preset.
-EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos"), dict(
+EMIGM: dict[str, dict[str, Any]] = dict.fromkeys((LAPTOP, "photos", "masks"), dict(
     emigm_width=96, emigm_heads=4, emigm_depths=(2, 3), emigm_buffer=4, emigm_head=(96, 3),
     # K is small: exp would hide all tokens in half of the pictures, and never show many.
     emigm_schedule="cosine", emigm_t_min=0.0, emigm_steps=8, emigm_interval=(0.0, 1.0), lr=5e-4,
@@ -290,7 +290,7 @@ def resolve(c: Config) -> tuple[Config, Dataset]:
 
 
 def derived_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers, well mixed (numpy's SeedSequence)."""
+    """Integers mixed by numpy's SeedSequence to 63 bits, 32 of which torch reads on a CPU."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -573,7 +573,7 @@ def distribute(module: nn.Module, config: Config, device: torch.device) -> nn.Mo
         # Newer torch has another name for this flag, but still takes the old one.
         warnings.filterwarnings("ignore", ".broadcast_buffers.", FutureWarning)
         on = [device] if device.type == "cuda" else None
-        # Buffers are constants, or local statistics. Gradients are views of what is sent.
+        # Buffers are constants. Gradients are views of what is sent.
         how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
         module = DistributedDataParallel(module, device_ids=on, **how)
     return module
@@ -694,13 +694,13 @@ def begin_from(trained: MIMFlow, model: MIMFlow) -> None:
 
 
 def fit_prior(model: MIMFlow, device: torch.device) -> None:
-    """Tell the second prior mean and std of the latents, from FITTED training pictures."""
+    """Tell the second prior mean and std of the latents of training pictures as they are."""
     c, z = model.config, []
-    pictures = data.Pictures(c.data, c.image_size, "train")
-    pictures.numbers = pictures.numbers[:: max(1, len(pictures) // FITTED)]
-    for first in range(0, len(pictures), 64):
-        images, _, numbers = pictures[range(first, first + 64)]
-        draws = draws_of_pictures(c, numbers.tolist(), c.seed, device)
+    pictures = data.TrainingPictures(data.open_dataset(c.data, c.image_size), c.skip_bad_images)
+    count = len(pictures.dataset)
+    for some in torch.arange(0, count, max(1, count // FITTED)).split(64):
+        images = from_uint8(torch.stack([pictures[None, n][0] for n in some.tolist()]))
+        draws = draws_of_pictures(c, some.tolist(), c.seed, device)
         with torch.no_grad():
             z.append(model.latents(images.to(device, draws.noise.dtype), draws)[1].cpu())
     model.emigm.fit(torch.cat(z))

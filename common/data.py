@@ -1,7 +1,7 @@
 """Pictures in and out: folders, published sets, .npz files; ADM's crop; the order of steps; grids.
 
 A dataset has `class_names`, `labels` (n,) and `__len__`, and gives (image, label) for `dataset[i]`
-and for `dataset[epoch, i]`, the training picture, which may be augmented. Images are float32
+and `dataset[epoch, i]`, the training picture, augmented unless epoch is None. Images are float32
 (3, H, W) in [-1, 1], labels int, -1 = none. A picture that cannot be read raises BrokenImage.
 With captions (`caption_words` L > 0) `class_names` are the words that are known, and a label, which
 is `dataset.row(i)` as well, is the caption: L numbers of words, after the last one -1 for nothing.

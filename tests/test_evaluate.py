@@ -819,6 +819,14 @@ def test_a_model_without_labels(tiny, projection, tmp_path, capsys):
     assert stopped.value.code == 2 and "without labels" in capsys.readouterr().err
 
 
+def test_the_cost_of_a_second_prior_without_labels(tiny):
+    sizes = dict(emigm_width=16, emigm_heads=2, emigm_depths=(1, 1), emigm_head=(16, 1))
+    config = replace(tiny, prior="emigm", freeze_autoencoder=True, init="x", num_classes=0, **sizes)
+    path = write_checkpoint(config, randomize(train.MIMFlow(config)))
+    found = run("cost", path, "--batches", 1, "--tokens", 4, "--runs", 1)
+    assert found["sampling"]["emigm, guidance 0, batch 1"]["s_an_image"] > 0
+
+
 def test_a_model_with_the_second_prior(tiny, projection, tmp_path, capsys):
     sizes = dict(emigm_width=16, emigm_heads=2, emigm_depths=(1, 1), emigm_head=(16, 1))
     config = replace(tiny, prior="emigm", freeze_autoencoder=True, init="x", **sizes)

@@ -23,7 +23,7 @@ from conftest import (
 
 import losses
 import train
-from common.data import FolderDataset, step_batches
+from common.data import BrokenImage, FolderDataset, step_batches
 from common.runs import InputError, find_checkpoint
 from common.shapes import ShapesDataset
 
@@ -521,6 +521,25 @@ def test_the_second_prior_is_told_mean_and_std_of_latents_throughout_the_data(ti
     z = model.encoder(images, draws.mask) + config.sigma * draws.noise
     torch.testing.assert_close(model.emigm.mean, z.mean(dim=0))
     torch.testing.assert_close(model.emigm.std, z.std(dim=0))
+
+
+def test_the_second_prior_passes_over_a_picture_that_cannot_be_read(tiny, tmp_path):
+    write_pictures(tmp_path / "data" / "cat", 3)
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"broken")
+    sizes = dict(emigm_width=16, emigm_heads=2, emigm_depths=(1, 1))
+    config = replace(tiny, prior="emigm", data=str(tmp_path / "data"), num_classes=1, **sizes)
+    with pytest.raises(BrokenImage, match="1.png"):
+        train.fit_prior(train.MIMFlow(config), CPU)
+    model = train.MIMFlow(replace(config, skip_bad_images=True))
+    train.fit_prior(model, CPU)  # of 0, 2, 2
+    assert model.emigm.std.isfinite().all() and (model.emigm.mean != 0).all()
+
+
+def test_a_small_preset_has_a_small_second_prior():
+    for name in train.DECODER_PHASE.keys() - {"mimflow-l", "captions"}:  # which it does not read
+        config = train.preset_config(name, prior="emigm", num_classes=10)
+        with torch.device("meta"):
+            assert train.count_parameters(train.MIMFlow(config).emigm) < 1e6, name
 
 
 # ----------------------------------------------------------------------------------------- Phase 2
