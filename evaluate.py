@@ -55,7 +55,7 @@ from common import data, runs
 from common.data import Pictures, PictureSet
 from common.inception import FIDInception, inception_features, load_inception
 from common.measuring import Numbers, look, read_log, report, seconds
-from common.runs import describe_file, fail, positive, progress, say, uses_bf16
+from common.runs import describe_file, fail, positive, printable, progress, say, uses_bf16
 from common.shapes import to_uint8
 from common.weights import RANDOM, WeightsMissing, find_weights
 from losses import Perceptual, flow_nll, load_frozen_networks, pixel_loss
@@ -182,14 +182,14 @@ def open_checkpoint(flags: Namespace, num: int | None) -> tuple[MIMFlow, Picture
     training never saw, of val/ (a folder without: of all of it); the protocol of the checkpoint."""
     path = flags.checkpoint = runs.find_checkpoint(flags.checkpoint)
     model = load_checkpoint(path, flags.device)
-    if "out" in flags and flags.out is None:
-        flags.out = runs.beside(path, f"{flags.command}.png")
-        runs.check_output(flags.out, ".png", [path])
     flags.data = model.config.data if flags.data is None else flags.data
     size, places = model.config.image_size, model.config.caption_words
     if places and flags.command in ("probe", "map"):
         fail(f"{path} reads captions and has no classes, which {flags.command} needs", 2)
     pictures = Pictures(flags.data, size, "val", num, flags.seed, places)
+    if "out" in flags:
+        flags.out = flags.out or runs.beside(path, f"{flags.command}.png")
+        runs.check_output(flags.out, ".png", [path, Path(pictures.source)])
     return model, pictures, {"checkpoint": describe_checkpoint(path, model), "seed": flags.seed}
 
 
@@ -245,12 +245,13 @@ def sample_checkpoint(flags: Namespace) -> tuple[Path, Numbers]:
     what the protocol says of it. Labels cycle through the classes, so that each split of the
     Inception Score has all of them."""
     model = load_checkpoint(flags.samples, flags.device)
+    known = describe_checkpoint(flags.samples, model)  # now: a training may replace the file
     if model.config.caption_words:
         fail(f"{flags.samples} reads captions: sample.py --prompts FILE --npz NPZ, then this", 2)
     count, guidance = model.config.num_classes, sample.choose_guidance(flags.guidance, model)
     names = ("num", "constant_guidance", "guidance_rule", "denoise", "seed", "batch_size")
     chosen = {"guidance": guidance, **{name: getattr(flags, name) for name in names}}
-    file = f"samples_{flags.num}_guidance_{guidance:g}_seed_{flags.seed}"
+    file = f"samples_of_{flags.samples.stem}_{flags.num}_guidance_{guidance:g}_seed_{flags.seed}"
     file += "_constant" * flags.constant_guidance + "_denoised" * flags.denoise
     file += f"_{flags.guidance_rule}" * (flags.guidance_rule != "tarflow")
     path = flags.npz or flags.samples.with_name(f"{file}.npz")
@@ -260,8 +261,8 @@ def sample_checkpoint(flags: Namespace) -> tuple[Path, Numbers]:
     sample.refuse_flags_of_the_other(options, model)
     options.bf16 = False  # a number should not depend on the device it came from
     sample.sample_set(flags.samples, model, list(range(count)) or [-1], options)  # -1 = no class
-    protocol = {**chosen, "checkpoint": describe_checkpoint(flags.samples, model)}
-    return path, {**protocol, "labels": f"sample i has class i mod {count}" if count else "none"}
+    labels = f"sample i has class i mod {count}" if count else "none"
+    return path, {**chosen, "checkpoint": known, "labels": labels}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,8 +589,7 @@ def latent_map(flags: Namespace) -> Stages:
         say("umap: a minute or so")
         xy = importlib.import_module("umap").UMAP(random_state=flags.seed).fit_transform(mu)
     labels = pictures.labels[pictures.numbers] if classes != [-1] else np.full(len(xy), -1)
-    names = [model.class_names[i] if i >= 0 else "no class" for i in np.unique(labels)]
-    names = [runs.printable(name) for name in names]
+    names = [printable(model.class_names[i]) if i >= 0 else "no class" for i in np.unique(labels)]
     try:
         plot_map(xy, labels, names, flags.out)
         say(f"{flags.out}: {len(xy)} pictures, {len(names)} classes")
@@ -880,11 +880,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
 def main(flags: Namespace) -> None:
     """Do one subcommand and report."""
     flags.device = runs.select_device(flags.device)
-    torch.backends.cudnn.allow_tf32 = False  # or convolutions would move the fourth digit on a GPU
+    torch.backends.cudnn.allow_tf32 = flags.command == "cost"  # elsewhere it moves the fourth digit
     if flags.num_workers is None:
         flags.num_workers = 8 if flags.device.type == "cuda" else 0
     names = ("checkpoint", "samples", "reference", "data")
-    inputs = [Path(x) for x in map(vars(flags).get, names) if x]
+    inputs = [Path(x) for x in map(vars(flags).get, names) if x] + vars(flags).get("logs", [])
     for name, suffix in (("json", ".json"), ("out", ".png")):
         if path := vars(flags).get(name):
             runs.check_output(path, suffix, inputs)

@@ -172,7 +172,8 @@ def show_given(out: Path, model: MIMFlow, options: Namespace) -> None:
     encoder sees it in training, and decoded. Given are files, or classes, of which a sample is."""
     images: list[Tensor] = []
     for i, name in enumerate(options.between or options.reconstruct):
-        if Path(name).is_file() or Path(name).suffix or model.config.caption_words:
+        file, c = Path(name), model.config  # a name with a dot may be a class, of CUB for one
+        if file.is_file() or c.caption_words or (file.suffix and name not in model.class_names):
             picture = data.read_picture(Path(name), model.config.image_size)
         else:
             classes = choose_classes([name], model)
@@ -364,7 +365,7 @@ def main(options: Namespace) -> None:
         name = "between.png" if options.between else "reconstruct.png"
         out = options.out or runs.beside(path, name)
         runs.check_output(out, ".png", [path, *map(Path, given)])
-        return show_given(out, model, options)
+        return show_given(out, model, options) if rank() == 0 else None
     if places := model.config.caption_words:
         asked = (options.prompt, options.prompts, model.class_names, places)
         options.prompt, classes = read_prompts(*asked)  # classes: a row of L words a prompt

@@ -296,7 +296,7 @@ def encode(model: MIMFlow, pictures: Pictures, rows: range, seed: int) -> tuple[
 
 
 @torch.no_grad()
-def analyse(path: Path, model: MIMFlow, pictures: Pictures, flags: Namespace) -> dict:
+def analyse(path: Path, sha256: str, model: MIMFlow, pictures: Pictures, flags: Namespace) -> dict:
     """What the JSON file holds about one checkpoint; see --help for the flags."""
     began, count = time.perf_counter(), len(pictures)
     flow = model.to(flags.device, flags.dtype).flow
@@ -321,10 +321,9 @@ def analyse(path: Path, model: MIMFlow, pictures: Pictures, flags: Namespace) ->
 
     whole, *blocks = (summarize(parts) for parts in zip(*batches, strict=True))
     whole["images"] = {"index": pictures.numbers.tolist(), "label": all_labels, **whole["images"]}
+    head = {"checkpoint": str(path), "sha256": sha256, "step": model.step}
     return {
-        "checkpoint": str(path),
-        "sha256": runs.file_sha256(path),
-        "step": model.step,
+        **head,
         "dimension": flow.num_latents * flow.latent_dim,
         "pictures": pictures.source,
         "labels": "true class" if np.max(all_labels) >= 0 else "unconditional",
@@ -405,15 +404,16 @@ def main(flags: Namespace) -> None:
         pictures = Pictures(data, *asked, model.config.caption_words)
         if model.config.num_classes and pictures.class_names not in ((), model.class_names):
             fail(f"{path} was trained on other classes than {pictures.source} has: give its own")
-        work.append((path, model, pictures))
+        work.append((path, runs.file_sha256(path), model, pictures))
     out = runs.beside(paths[0], "spectral.json") if flags.out is None else Path(flags.out)
-    runs.check_output(out, ".json", paths)
-    runs.check_output(out.with_suffix(".png"), ".png", paths)
+    inputs = [*paths, *(Path(pictures.source) for *_, pictures in work)]
+    runs.check_output(out, ".json", inputs)
+    runs.check_output(out.with_suffix(".png"), ".png", inputs)
 
     results = []
-    for path, model, pictures in work:
+    for path, *what in work:
         try:
-            results.append(analyse(path, model, pictures, flags))
+            results.append(analyse(path, *what, flags))
         except ValueError as error:
             fail(f"{path}: {error}")
         print_report(results[-1])

@@ -73,7 +73,7 @@ class Config:
     preset: str = option("mimflow-l", "what the other defaults are")
     # The phase, and where phase 2 and the baseline of Tab. 1 and Fig. 5 begin
     phase: str = option("joint", "phase 1, or phase 2 (Sec. 3.3.2)", choices=("joint", "decoder"))
-    init: str | None = option(None, "checkpoint of phase 1 to begin with", metavar="CKPT")
+    init: str | None = option(None, "begin with its autoencoder; phase 2: and flow", metavar="CKPT")
     freeze_autoencoder: bool = option(False, "train the flow alone, as STARFlow does; needs --init")
     # Data (App. A: ADM's recipe)
     data: str | None = option(None, "folder, or cifar10, pets, ...; no = built-in", metavar="DATA")
@@ -477,7 +477,7 @@ class JointTraining(nn.Module):
         labels = torch.where(draws.drop_label.view(-1, *[1] * (labels.dim() - 1)), -1, labels)
         # Over the images of this forward pass: compare equal batch sizes only. Near 0 the latent
         # has collapsed: the flow is content and the picture is lost.
-        mu_std = mu.detach().std(dim=0, correction=0).mean()
+        mu_std = losses.at_least_float32(mu.detach()).std(dim=0, correction=0).mean()
         if model.flow is None:
             slots = visible_slots(c.num_latents, c.emigm_schedule, c.emigm_t_min)
             loss = model.emigm(z, labels, draws.tokens, slots).mean()
@@ -725,7 +725,7 @@ def earlier_work(config: Config, class_names: tuple[str, ...]) -> dict[str, Any]
         fail(f"{what}: nothing was changed; {other} this one", 2)
     if not isinstance(n := checkpoint.get("skipped"), int) or not 0 <= n <= checkpoint["step"]:
         fail(f"{found} is a model.pt, not a last.pt: {other} this run")
-    if tuple(checkpoint["class_names"]) != class_names:
+    if config.num_classes and tuple(checkpoint["class_names"]) != class_names:
         fail(f"{run_dir} was trained on other classes than those of --data: --out or --overwrite")
     return checkpoint
 
@@ -760,12 +760,12 @@ def main(config: Config, overwrite: bool = False) -> None:
     config, dataset = resolve(config)
     c, last, model_path = config, config.run_dir / "last.pt", config.run_dir / "model.pt"
     overwrite = overwrite and runs.restarts() == 0  # what torchrun starts again is this very run
-    runs.require_own_folder(c.run_dir, "num_latents")
+    saved = runs.require_own_folder(c.run_dir, "num_latents", c.data)
     earlier = None if overwrite else earlier_work(config, dataset.class_names)
     if earlier is not None and earlier["step"] >= c.steps:
         runs.mend_shared(c.run_dir, earlier)
-        hint = "--steps N goes on, --overwrite starts again"
-        return say(f"{c.run_dir} is finished ({earlier['step']} steps): {hint}")
+        done = f"{c.run_dir} is finished ({earlier['step']} steps)"
+        return say(f"{done}: --steps N goes on, --overwrite starts again")
     if overwrite and c.init is not None and Path(c.init).resolve().parent == c.run_dir.resolve():
         fail(f"--overwrite would delete --init {c.init}: use --out for another folder", 2)
     # At the very least: weights and EMA; the pictures, and two activations of every layer.
@@ -792,7 +792,7 @@ def main(config: Config, overwrite: bool = False) -> None:
     players = make_players(model, frozen, device)
     parts, start = saved_parts(model, ema, players), 0
     skipped = runs.SkippedSteps(device)
-    lock = runs.claim_folder(c.run_dir)
+    lock = runs.claim_folder(c.run_dir, saved)
     if earlier is not None:
         for name, part in parts.items():
             runs.load_state(part, earlier.get(name), f"{last}, {name}")

@@ -48,7 +48,7 @@ MAX_BROKEN_SHARE = 0.001  # share of unreadable pictures that stops a run in spi
 # to Ghostscript. Pictures in other formats are not passed over: they end in a line that names them.
 Image.init()
 FORMATS = Image.OPEN.keys() & {"JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF"}
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic", ".jxl")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif", ".heic", ".jxl", ".jp2", ".tga")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
@@ -136,8 +136,10 @@ class FolderDataset(PictureDataset):
         if has_splits and split not in folders:
             fail(f"{folder} has train/ but no {split}/: add {split}/ to it")
         alike = sorted(name for name in folders if name.lower() in SPLIT_NAMES)
-        if not has_splits and len(alike) > 1:  # else they would become classes
-            fail(f"{folder} has {', '.join(alike)}: name them train, val, test, nothing else")
+        nested = "train" in folders and look_into(top / "train")[0]  # beside dev/, eval/, ...
+        if not has_splits and (len(alike) > 1 or nested):  # else they would become classes
+            found = ", ".join(sorted(folders)[:9] if nested else alike)
+            fail(f"{folder} has {found}: name them train, val, test, nothing else")
         self.root = top / split if has_splits else top
         names = [path.name for path in look_into(top / "train" if has_splits else top)[0]]
         pictures = look_into(self.root)[1]
@@ -343,8 +345,7 @@ def step_batches(
     """Batches of (epoch, index) for this process, a function of the seed and the step.
 
     Image number p of the run (p = step * batch_size + row) is entry p mod n of the permutation of
-    epoch p div n, so no image is dropped or seen twice in an epoch, and any step can come first.
-    """
+    epoch p div n, so none is dropped or seen twice in an epoch, and any step can come first."""
 
     @lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
@@ -577,9 +578,7 @@ def shown_classes(num_classes: int) -> list[int]:
 
 def save_png(images: Tensor, columns: int, path: Path) -> None:
     """Write images (n, 3, H, W) in [-1, 1] as a grid with `columns` pictures a row, row by row.
-
-    Small pictures are enlarged by a whole factor, each pixel to a square, so that one can see them.
-    """
+    Small pictures are enlarged by a whole factor, each pixel to a square: one can see them."""
     zoom = max(1, SHOWN_SIDE // images.shape[-1])
     images = to_uint8(images).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)

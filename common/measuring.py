@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common import runs
 from common.runs import fail, printable, progress, rank, say, world_size, write_text
 from common.weights import RANDOM
 
@@ -66,7 +67,8 @@ def seconds(call: Callable[[], Any], flags: Namespace, factor: float = 1) -> flo
             call()
             if flags.device.type != "cpu":
                 torch.accelerator.synchronize()
-            taken.append(time.perf_counter() - start)
+            # By the slowest clock: all must agree how often, as a training step waits for all.
+            taken.append(max(runs.of_all_processes(time.perf_counter() - start)))
     except torch.cuda.OutOfMemoryError:
         return None
     return factor * float(np.median(taken[WARM_UP:] or taken[-1:]))
@@ -102,10 +104,10 @@ def report(numbers: Numbers, flags: Namespace) -> None:
         if name != "left_out":
             told = printable(value) if isinstance(value, str) else json.dumps(value)
             lines.append(f"  {name:18} {told}")
-    say("\n".join(lines))
-    if flags.json is not None:
+    if flags.json is not None:  # first: there may be no room for words
         write_text(flags.json, json.dumps({**numbers, "protocol": protocol}, indent=1))
-        say(f"numbers and protocol: {flags.json}")
+        lines.append(f"numbers and protocol: {flags.json}")
+    say("\n".join(lines))
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:

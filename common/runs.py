@@ -188,8 +188,7 @@ def add_field_flags(
     parser: Parser, of: Iterable[Field], groups: dict[str, str], shows: list[dict[str, Any]]
 ) -> None:
     """Add the flag of every field. groups: first field of each group of --help -> its title; shows:
-    values of the fields that --help names in brackets. What is not given is left out of the result.
-    """
+    values of the fields that --help names in brackets. What is not given the result leaves out."""
     for f in of:
         if f.name in groups:
             add = parser.add_argument_group(groups[f.name]).add_argument
@@ -238,7 +237,8 @@ def say(message: str) -> None:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         sys.stdout = open(os.devnull, "w")  # a full disk, or `| head`, takes the words, not the run
-        print("note: standard output is full or closed: no more is printed there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # which may be the same file
+            print("note: standard output is full or closed: no more goes there", file=sys.stderr)
 
 
 def progress(work: Iterable | None, description: str, **settings: Any) -> tqdm:
@@ -437,7 +437,7 @@ def check_output(path: Path, suffix: str, inputs: Iterable[Path] = (), room: flo
     folder = path.parent
     if path.suffix != suffix:
         fail(f"{path} must end in {suffix}", 2)
-    if path.name == "config.json":
+    if path.stem == "config":  # beside a picture there may be a .json
         fail(f"{path} is the name of a run's configuration: name another", 2)
     if not folder.is_dir():
         fail(f"folder {folder} of {path.name} does not exist: make it first", 2)
@@ -682,9 +682,16 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 # Run folders
 
 
-def claim_folder(run_dir: Path) -> Any:
+def saved_at(run_dir: Path) -> float:
+    """The time of the last.pt of a run, 0 if there is none."""
+    last = run_dir / "last.pt"
+    return last.stat().st_mtime if last.exists() else 0.0
+
+
+def claim_folder(run_dir: Path, saved: float | None = None) -> Any:
     """Make the run folder on rank 0 and lock it; keep what is returned. A second run in it ends
-    with a clear line. The system gives the lock back when this process ends, however it ends."""
+    with a clear line, and so does one that read its last.pt (of the time `saved`) while another was
+    at work. The system gives the lock back when this process ends, however it ends."""
     if rank() != 0:
         return None
     with explained(f"cannot write to the run folder {run_dir}", ": choose another --out"):
@@ -699,17 +706,23 @@ def claim_folder(run_dir: Path) -> Any:
         fail(f"another run is at work in {run_dir}: wait for it, or use --out FOLDER")
     except (ImportError, OSError) as error:
         say(f"note: {run_dir} cannot be locked ({error}): start no second run in it")
+    if saved not in (None, saved_at(run_dir)):
+        fail(f"another run has saved in {run_dir} meanwhile: the same command goes on from there")
     return stream
 
 
-def require_own_folder(run_dir: Path, key: str) -> None:
+def require_own_folder(run_dir: Path, key: str, data: str | None) -> float:
     """Refuse a folder without checkpoints whose config.json or log.jsonl is not of a run: `key` is
-    in the configuration of every run."""
+    in the configuration of every run. Refuse one among the pictures: it would become a class.
+    Returns when its last.pt was saved."""
+    if data and Path(data).resolve() in (run_dir / "samples").resolve().parents:
+        fail(f"the run folder {run_dir} is inside --data {data}: use --out to name another", 2)
     config, log = run_dir / "config.json", run_dir / "log.jsonl"
     ours = config.is_file() and f'"{key}"' in config.read_text(errors="replace")
     ours = ours or any((run_dir / name).exists() for name in ("last.pt", "previous.pt"))
     if not ours and (config.exists() or log.exists()):
         fail(f"{run_dir} holds a config.json or log.jsonl of something else: use another --out", 2)
+    return saved_at(run_dir)
 
 
 def start_over(run_dir: Path) -> None:

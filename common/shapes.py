@@ -176,7 +176,8 @@ def read_prompts(
     known, texts = {word: i for i, word in enumerate(words)}, list(texts or [])
     if file is not None and not file.is_file():
         fail(f"--prompts {file} is no file: name one with a prompt a line", 2)
-    texts += file.read_text("utf-8", errors="replace").splitlines() if file else []
+    lines = file.read_text("utf-8", errors="replace").splitlines() if file else []
+    texts += filter(split_words, lines)  # "" asks for any picture, a line without words for none
     if not texts:
         examples = '"a small red star on a blue ground" "a ring"'
         fail(f"add --prompt, as in --prompt {examples}; words: {', '.join(known)}", 2)

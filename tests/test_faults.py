@@ -336,6 +336,34 @@ def test_where_nothing_is_in_reserve_a_damaged_checkpoint_ends_the_run(tiny, cap
     assert "--overwrite starts again" in capsys.readouterr().err
 
 
+def test_what_another_run_saved_meanwhile_is_not_done_again(tiny, monkeypatch, capsys):
+    """A scheduler may start a run anew while the old one still saves; the new one has read by then,
+    and may be downloading something."""
+    train.main(replace(tiny, steps=2))
+    real = train.losses.load_frozen_networks
+
+    def download(*arguments):
+        os.utime(tiny.run_dir / "last.pt", (1, 1))
+        return real(*arguments)
+
+    monkeypatch.setattr(train.losses, "load_frozen_networks", download)
+    with pytest.raises(SystemExit):
+        train.main(tiny)
+    assert "another run has saved in" in capsys.readouterr().err
+    assert last(tiny.out)["step"] == 2
+    monkeypatch.undo()
+    train.main(tiny)
+
+
+def test_names_of_classes_do_not_matter_to_a_run_without_labels(tiny, tmp_path, capsys):
+    write_pictures(tmp_path / "data" / "cat", 8)
+    config = replace(tiny, data=str(tmp_path / "data"), num_classes=0)
+    train.main(replace(config, steps=2))
+    (tmp_path / "data" / "cat").rename(tmp_path / "data" / "dog")
+    train.main(config)
+    assert "continuing" in capsys.readouterr().out
+
+
 def test_a_log_cut_short_is_repaired(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}{"st\nnull\n\xff\xfe\n{"step": 3}\n{"step": 4}\n{"s')

@@ -4,6 +4,7 @@ A case a line: what is made first, the command, what its line says. All of them 
 on copies of one tiny run; every file that was there before must be there, unchanged, afterwards.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -284,6 +285,7 @@ COMMANDS = [  # a command, what its line says: exit code 2
     ("sample.py run/model.pt --out run/model.pt", "must end in .png"),
     ("sample.py run/model.pt --npz run/model.pt", "must end in .npz"),
     ("sample.py run/model.pt --npz grid.png", "must end in .npz"),
+    ("evaluate.py map run/model.pt --out run/config.png", "the name of a run's configuration"),
     ("sample.py run/model.pt --out no/grid.png", "does not exist"),
     ("sample.py run/model.pt --out /dev/null", "must end in .png"),
     ("sample.py run/model.pt --npz link.npz", "which would be lost"),
@@ -466,7 +468,7 @@ def bomb() -> None:
 COMPARE = "evaluate.py generation bad.npz set.npz --device cpu"
 AGAINST = "evaluate.py generation set.npz bad.npz --device cpu"
 FOLDER = "evaluate.py generation new set.npz --device cpu"
-DATA = TRAIN + "--data new"
+DATA = TRAIN.replace("--out new", "--out o") + "--data new"
 SIX = (6, 16, 16, 3)
 FILES = [  # how it is made, a command, what its line says: exit code 1
     (lambda: flagged(1), COMPARE, "encrypted"),
@@ -516,6 +518,7 @@ FILES = [  # how it is made, a command, what its line says: exit code 1
     (lambda: splits("Train", "val"), DATA, "name them train, val, test"),
     (lambda: splits("train", "val", "more"), DATA, "name them train, val, test"),
     (lambda: splits("val", "test"), DATA, "name them train, val, test"),
+    (lambda: splits("train", "dev"), DATA, "has dev, train: name them train, val, test"),
     (lambda: Path("new/cat").mkdir(parents=True), DATA, "holds no pictures"),
     (lambda: splits("cat") or picture("new/a.png", "L", 1), DATA, "mixes class folders"),
     (lambda: Path("new").mkdir() or os.mkfifo("new/a.png"), DATA, "no pictures in new"),
@@ -613,6 +616,23 @@ def test_what_cannot_be_read_is_not_called_damaged(home, monkeypatch, capsys):
     monkeypatch.setattr(runs, "open", denied, raising=False)
     refused(TRAIN + "--out run", "Permission denied: 'run/last.pt'", 1, monkeypatch, capsys)
     refused(INFO, "Permission denied: 'run/model.pt'", 1, monkeypatch, capsys)
+
+
+def test_a_run_folder_among_the_pictures_is_refused(home, monkeypatch, capsys):
+    """It would become a class, and be removed by --overwrite after that."""
+    for name in ("flat", "classes/cat"):
+        write_pictures(Path(name), 3)
+    for where in ("--data flat --out flat", "--data classes --out classes/cat/run"):
+        command = TRAIN.replace("--out new", "") + where
+        refused(command, "is inside --data", 2, monkeypatch, capsys)
+    do(TRAIN + "--data flat --num-classes 0", monkeypatch, capsys)
+
+
+def test_numbers_are_kept_where_words_have_no_room(home):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "cost", "--no-timing", "--json", "c.json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=240)
+    assert done.returncode == 0 and json.loads(Path("c.json").read_text())["parts"]
 
 
 def test_a_full_disk_under_standard_output_costs_words_only(home, monkeypatch, capsys):

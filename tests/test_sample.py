@@ -478,6 +478,17 @@ def test_between_two_pictures_the_ends_are_their_reconstructions(checkpoint, tmp
     assert (same - plain[0].clamp(-1, 1)).abs().max() < 0.01
 
 
+def test_a_class_may_have_a_dot_and_only_one_process_shows_the_way(tiny, tmp_path, monkeypatch):
+    names = [f"{i:03}.Bird" for i in range(10)]  # as in CUB-200
+    path = write_checkpoint(tiny, randomize(train.MIMFlow(tiny, names)))
+    monkeypatch.setattr(sample, "rank", lambda: 1)
+    run(path, "--between", "001.Bird", "002.Bird", "--out", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+    monkeypatch.undo()
+    run(path, "--between", "001.Bird", "002.Bird", "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_reconstruct_shows_what_is_given_what_is_seen_and_what_comes_out(checkpoint, tmp_path):
     Image.new("RGB", (20, 20), (250, 120, 30)).save(tmp_path / "a.png")
     run(checkpoint, "--reconstruct", tmp_path / "a.png", "heart", "3", "--seed", "5")

@@ -105,6 +105,14 @@ def test_sample_noise_belongs_to_the_number_of_the_sample():
 # ------------------------------------------------------------------------------- Model, objectives
 
 
+def test_the_log_is_float32_where_a_gpu_computes_in_bfloat16(tiny):
+    images, labels = batch_of(tiny, 8)
+    training = train.JointTraining(train.MIMFlow(tiny), NOTHING)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, logs, _ = training(images, labels, train.draw_randomness(tiny, 0, CPU), 0.3)
+    assert {x.dtype for x in logs.values()} == {torch.float32}
+
+
 def test_forward_is_the_sum_of_the_named_terms(tiny):
     model = randomize(train.MIMFlow(replace(tiny, label_drop=0.5))).double()
     images, labels = batch_of(tiny, 8)
