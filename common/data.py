@@ -146,6 +146,8 @@ class FolderDataset(PictureDataset):
         if names and pictures:
             fail(f"{self.root} mixes class folders and pictures ({pictures[0].name}): sort them")
 
+        if alone := sorted({path.name for path in look_into(self.root)[0]} - set(names)):
+            say(f"note: {self.root} has {', '.join(alone[:9])}, which train/ has not: left out")
         labels = [-1] * len(pictures)
         for label, name in enumerate(names):
             found = list_images(self.root / name)

@@ -86,7 +86,11 @@ def test_folder_layouts(tmp_path, capsys):
     assert hidden.class_names == ("a", "b") and len(hidden) == 6
     with pytest.raises(SystemExit):
         open_dataset(str(tmp_path / "imagenet"), 16, "test")
-    assert "has train/ but no test/" in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert "has train/ but no test/" in found.err and not found.out
+    write_pictures(tmp_path / "imagenet" / "val" / "B", 1)
+    assert len(open_dataset(str(tmp_path / "imagenet"), 16, "val")) == 1
+    assert "has B, which train/ has not: left out" in capsys.readouterr().out
 
 
 def test_flip_is_a_function_of_seed_epoch_and_index(tmp_path):

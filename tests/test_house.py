@@ -17,7 +17,7 @@ BUDGETS = {  # file -> its most lines, and the files of this level that it may i
     "spectral": (450, "train"),
     "evaluate": (900, "train sample losses flow"),
 }
-COMMON_LINES = 2055  # the plan said 1450, before what hostile input, captions and data sets need
+COMMON_LINES = 2057  # the plan said 1450, before what hostile input, captions and data sets need
 PLUMBING = {"zipfile", "signal", "fcntl", "urllib"}  # of common/ only
 FUNCTION_LINES, LONGER = 80, {"train.main": 130}
 TOP = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
