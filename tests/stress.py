@@ -1,6 +1,6 @@
 """Minutes of faults: kills, restarts, flipped bytes, full disks, with real processes, and a count.
 
-    python tests/stress.py                 ten minutes on two cores; not collected by pytest
+    python tests/stress.py                 five to ten minutes on two cores; not collected by pytest
 
 Each part prints what it did and what was lost. The exit code is 0 only if nothing was.
 """
