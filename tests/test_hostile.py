@@ -631,8 +631,8 @@ def test_a_run_folder_among_the_pictures_is_refused(home, monkeypatch, capsys):
 def test_numbers_are_kept_where_words_have_no_room(home):
     command = [sys.executable, str(ROOT / "evaluate.py"), "cost", "--no-timing", "--json", "c.json"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=full, timeout=240)
-    assert done.returncode == 0 and json.loads(Path("c.json").read_text())["parts"]
+        subprocess.run(command, stdout=full, stderr=full, env=ENVIRONMENT, timeout=240)
+    assert json.loads(Path("c.json").read_text())["parts"]  # whatever Python ends with
 
 
 def test_a_full_disk_under_standard_output_costs_words_only(home, monkeypatch, capsys):
