@@ -300,7 +300,7 @@ class TrainingPictures(Dataset):
     def __init__(self, dataset: Dataset, skip_bad: bool):
         self.dataset, self.skip_bad = dataset, skip_bad
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str]:
+    def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, str]:
         (epoch, index), reason = key, ""
         for neighbour in range(index, index + 10):
             try:
